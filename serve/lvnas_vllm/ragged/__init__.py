@@ -1,0 +1,1 @@
+"""Ragged-rank LoRA: memory and work follow each module's own rank."""
