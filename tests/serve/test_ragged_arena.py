@@ -1,5 +1,7 @@
 """The arena and the ledger: any order of loads, unloads and compactions keeps every resident's weights."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,8 +60,8 @@ class ArenaMachine(RuleBasedStateMachine):
     @invariant()
     def accounting_is_exact(self):
         assert self.arena.used == sum(map(aligned, self.model.values()))
-        ends = sorted(self.arena.regions.values())
-        assert all(a + n <= b for (a, n), (b, _) in zip(ends, ends[1:], strict=False) if n)
+        regions = sorted(self.arena.regions.values())
+        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(regions) if n)
 
 
 ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

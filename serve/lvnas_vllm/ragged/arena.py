@@ -1,7 +1,7 @@
-"""The adapter arena: one buffer of fixed address and size in which every resident adapter owns one region.
+"""The adapter arena: one buffer of fixed address and size in which every resident adapter owns a region.
 
-An adapter's region holds the rows of all its modules at their own ranks, so a load is one contiguous transfer,
-the pool's bytes are the adapters' bytes, and a rank of 0 costs nothing.
+An adapter's region holds the rows of all its modules at their own ranks, so a load is one contiguous
+transfer, the arena's bytes are the adapters' bytes, and a rank of 0 costs nothing.
 """
 
 import bisect
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 ALIGN = 32
-"""Every matrix starts at a multiple of this many elements (64 bytes in 16-bit types: a cache line, a vector)."""
+"""Every matrix starts at a multiple of this many elements (64 bytes in 16-bit types: a cache line)."""
 MOVE = 1 << 22
 """Elements moved at a time by a compaction."""
 
@@ -21,12 +21,12 @@ def aligned(elements: int) -> int:
 
 
 class ArenaFull(RuntimeError):
-    """More elements were asked for than are free; the capacity rules make this unreachable in a running engine."""
+    """More elements were asked for than are free; the ledger makes this unreachable in an engine."""
 
 
 @dataclass
 class Arena:
-    """Regions of one flat buffer: first fit, and compaction when only the sum of the holes is large enough."""
+    """Regions of one flat buffer: first fit; compaction when only the sum of the holes is large enough."""
 
     data: torch.Tensor
     """The buffer, 1-D; never reallocated (CUDA graphs and the kernels' tables keep its address)."""
@@ -37,7 +37,7 @@ class Arena:
     def allocate(cls, elements: int, dtype: torch.dtype, device: torch.device | str, commit: bool) -> "Arena":
         """An empty arena; on CPU its pages are only promised by the system until first used, unless `commit`.
 
-        The `MOVE`-independent tail of one alignment unit keeps vector reads at the end inside the buffer.
+        A tail of one alignment unit keeps the last region's vector reads inside the buffer.
         """
         data = torch.empty(aligned(elements) + ALIGN, dtype=dtype, device=device)
         return cls(data.zero_() if commit else data)
@@ -87,7 +87,7 @@ class Arena:
         return self.data[start : start + size]
 
     def compact(self) -> dict[int, int]:
-        """Moves every region down so that all free elements are at the end; returns the new starts of the moved."""
+        """Moves regions down so that all free elements are at the end; returns the new starts of the moved."""
         moved, end = {}, 0
         for adapter, (start, size) in sorted(self.regions.items(), key=lambda item: item[1][0]):
             if start != end:
@@ -117,8 +117,8 @@ class Arena:
 class Ledger:
     """Which adapters may be resident: any `slots` of the admitted ones must fit in the arena together.
 
-    The scheduler counts adapters, not bytes, and brings an adapter in inside a running step. So the rule holds
-    for every adapter ever admitted and not removed, evicted ones included, and is checked when one is loaded.
+    The scheduler counts adapters, not bytes, and brings an adapter in inside a running step. So the rule
+    holds for every adapter ever admitted and not removed, evicted ones included, and is checked at a load.
     """
 
     capacity: int

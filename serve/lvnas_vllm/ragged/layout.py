@@ -1,9 +1,9 @@
 """Where an adapter's matrices lie in its region.
 
 Legend: T tokens, D input features, O output features, R rank, S slices of a site, N adapter slots.
-A site is one layer that takes LoRA; a packed one (qkv, gate_up) has one slice per packed projection, each with
-its own rank. Per site, the A rows of all slices are adjacent ([R_0 + R_1 + ..., D]: one fused shrink); then each
-slice's B, transposed ([R, O]: the expand streams whole rows at any rank).
+A site is one layer that takes LoRA; a packed one (qkv, gate_up) has one slice per packed projection, each
+with its own rank. Per site, the A rows of all slices are adjacent ([R_0 + R_1 + ..., D]: one fused shrink);
+then each slice's B, transposed ([R, O]: the expand streams whole rows at any rank).
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LONG = 32
-"""Tokens from which a run of one adapter is a matrix product of its own instead of part of the grouped call."""
+"""Tokens from which a run of one adapter is a matrix product of its own, not part of the grouped call."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class SiteWeights:
     arena: torch.Tensor
     """1-D, all adapters."""
     table: torch.Tensor
-    """int64 [S, N, 3] on CPU: offsets of A and B in the arena, and R, per slice and slot; updated in place."""
+    """int64 [S, N, 3] on CPU: offsets of A and B in the arena, and R, by slice and slot; changed in place."""
     inputs: int
     """D."""
     outputs: tuple[int, ...]
