@@ -1,0 +1,144 @@
+"""`lvnas derive`: a rank plan -> a standard PEFT adapter folder, untrained or inherited from the search.
+
+Legend: D input, O output, R highest rank of the search, r rank of a module.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from lvnas import files
+from lvnas.errors import InputError
+from lvnas.modules import rank_pattern_key
+from lvnas.ranks import RankPlan
+from lvnas.supernet import factor
+
+FORMAT = "lvnas-adapter/1"
+
+
+def derive(
+    plan: RankPlan,
+    shapes: Mapping[str, tuple[int, int]],
+    out: Path,
+    *,
+    update: Path | None = None,
+    seed: int = 0,
+    features: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the adapter folder `out` for `plan`; modules of rank 0 get no adapter.
+
+    Restarting: A is PEFT's default (Kaiming uniform), B is 0. Inheriting: A and B are the best rank-r
+    approximation (by SVD) of the update that the search trained, at the plan's scale.
+
+    Args:
+        shapes: module name -> (in_features, out_features) of the base.
+        update: `update.safetensors` of the search to inherit from.
+        seed: of A.
+        features: further facts for `lvnas.json`, such as {"vision_features": "reference"}.
+
+    Raises:
+        InputError: no module has a rank, a rank or module that does not fit the base, or an update of other
+        modules.
+    """
+    parameters = plan.parameters(shapes)
+    if parameters == 0:
+        raise InputError("every rank of the plan is 0; an adapter needs at least one module")
+    trained, scale = _read_update(update) if update else ({}, plan.scale)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, rank in plan.ranks.items():
+        if rank == 0:
+            continue
+        if update:
+            a, b = _truncated(trained, name, rank, scale / plan.scale, update)
+            _check_shape(name, a, b, shapes[name], update)
+        else:
+            a, b = _initial(shapes[name], rank, generator)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    with files.atomic_folder(out) as folder:
+        _write_config(lora_config(plan), folder)
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        facts = {"format": FORMAT, **(features or {}), "task": plan.task, "base": plan.base}
+        made = files.provenance(
+            method=plan.method,
+            parameters=parameters,
+            start="inherit" if update else "restart",
+            seed=seed,
+            search=dict(plan.provenance),
+        )
+        files.write_json(folder / "lvnas.json", facts | {"provenance": made})
+
+
+def lora_config(plan: RankPlan) -> LoraConfig:
+    """The plan as a `peft.LoraConfig`: every module's rank, and alpha = scale * rank, under an anchored full
+    name."""
+    ranks = {name: rank for name, rank in plan.ranks.items() if rank > 0}
+    highest = max(ranks.values(), default=1)
+    return LoraConfig(
+        base_model_name_or_path=plan.base,
+        r=highest,
+        lora_alpha=_number(plan.scale * highest),
+        target_modules=sorted(ranks),
+        rank_pattern={rank_pattern_key(name): rank for name, rank in ranks.items()},
+        alpha_pattern={rank_pattern_key(name): _number(plan.scale * rank) for name, rank in ranks.items()},
+    )
+
+
+def _write_config(config: LoraConfig, folder: Path) -> None:
+    """PEFT's adapter_config.json; the module names in order, so that the same plan gives the same bytes."""
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    value = files.read_json(path)
+    files.write_json(path, value | {"target_modules": sorted(value["target_modules"])})
+
+
+def _initial(shape: tuple[int, int], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A [r, D] and B [O, r] as PEFT initialises them."""
+    a = torch.empty(rank, shape[0])
+    torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+    return a, torch.zeros(shape[1], rank)
+
+
+def _truncated(
+    trained: Mapping[str, Tensor], name: str, rank: int, ratio: float, path: Path
+) -> tuple[Tensor, Tensor]:
+    """A [r, D] and B [O, r] of the `rank` largest singular directions of `ratio` * B A."""
+    if f"{name}.A" not in trained or f"{name}.B" not in trained:
+        raise InputError(f"{path} has no update of {name}; it is of a search with other targets")
+    a, b = trained[f"{name}.A"], trained[f"{name}.B"]
+    if rank > a.shape[0]:
+        raise InputError(f"{name} has rank {rank}, more than the rank {a.shape[0]} of the update in {path}")
+    u, sigma, vt = factor(b, a)
+    root = (sigma * ratio).sqrt()
+    return (root[:, None] * vt)[:rank].contiguous(), (u * root)[:, :rank].contiguous()
+
+
+def _read_update(path: Path) -> tuple[dict[str, Tensor], float]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata: Any = file.metadata() or {}
+            return {key: file.get_tensor(key).float() for key in file.keys()}, float(metadata["scale"])  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}; a method that trains nothing leaves no update") from None
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is no update of a search: {error}") from None
+
+
+def _check_shape(name: str, a: Tensor, b: Tensor, shape: tuple[int, int], path: Path) -> None:
+    if (a.shape[1], b.shape[0]) != tuple(shape):
+        raise InputError(
+            f"{path}: {name} is {a.shape[1]} x {b.shape[0]}, the base's is {shape[0]} x {shape[1]}"
+        )
+
+
+def _number(value: float) -> int | float:
+    """Whole numbers as int: older readers of adapter_config.json expect them."""
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,202 @@
+"""`lvnas search`: runs a strategy on a task's data, keeps what it found, and allocates a budget with it.
+
+A search folder holds `scores.json` (the gain of every rank block), `ranks.json`, and `update.safetensors`
+(the trained A and B, for `derive` to inherit) if the method trains. While a search runs it holds `state.pt`
+instead, from which an interrupted search goes on to bit-identical scores.
+"""
+
+import dataclasses
+import io
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from lvnas import files
+from lvnas.errors import InputError
+from lvnas.ranks import RankPlan
+from lvnas.strategies import Gains, SearchConfig, Strategy, make_strategy
+from lvnas.strategies.base import NonFiniteLoss, Stream
+
+FORMAT = "lvnas-scores/1"
+SCORES, UPDATE, STATE, RANKS = "scores.json", "update.safetensors", "state.pt", "ranks.json"
+
+Progress = Callable[[int, int, float], None]
+"""Called after every step with the steps done, all steps, and the loss."""
+
+
+class Shuffled:
+    """A split's batches in an order that follows from the seed alone: every epoch is a new permutation."""
+
+    def __init__(
+        self, examples: Sequence[Any], collate: Callable[[list], Mapping[str, Any]], size: int, seed: int
+    ) -> None:
+        if len(examples) < size:
+            raise InputError(f"batch size {size} is more than the split's {len(examples)} examples")
+        self.examples, self.collate, self.size, self.seed = examples, collate, size, seed
+
+    def __getitem__(self, index: int) -> tuple[Mapping[str, Any], list[int]]:
+        epoch, place = divmod(index, len(self.examples) // self.size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+        ids = order[place * self.size : (place + 1) * self.size].tolist()
+        return self.collate([self.examples[i] for i in ids]), ids
+
+
+def fit(
+    strategy: Strategy,
+    train: Stream,
+    search: Stream,
+    *,
+    state_path: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    save_every: int = 20,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Steps `strategy` to its end; returns the loss of every step.
+
+    Args:
+        train: for the weights.
+        search: the search-validation split, for what chooses the ranks.
+        state_path: where to keep the state; if it exists, the search goes on from it.
+        identity: what the search is; a state of another one is refused.
+        save_every: steps between two states; the most that an interruption loses.
+
+    Raises:
+        InputError: a loss that is not finite (state saved), or a state of another search.
+    """
+    losses = []
+    if state_path and state_path.exists():
+        losses = _load(strategy, state_path, identity)
+    for index in range(len(losses), strategy.steps):
+        try:
+            losses.append(strategy.step(index, train, search))
+        except NonFiniteLoss as error:
+            if state_path:
+                _save(strategy, losses, state_path, identity)
+            kept = f"; the state before it is in {state_path}" if state_path else ""
+            raise InputError(
+                f"step {index}: {error}; lower the learning rate or look at those examples{kept}"
+            ) from None
+        if progress:
+            progress(index + 1, strategy.steps, losses[-1])
+        if state_path and (index + 1) % save_every == 0:
+            _save(strategy, losses, state_path, identity)
+    return losses
+
+
+def run(
+    model: nn.Module,
+    train: Stream,
+    search: Stream,
+    config: SearchConfig,
+    out: Path,
+    *,
+    base: str | None = None,
+    task: str | None = None,
+    progress: Progress | None = None,
+) -> Gains:
+    """The gains of a whole search, kept in the folder `out`; a finished one is read again, not repeated.
+
+    Raises:
+        InputError: see `fit`; or `out` holds a search with other settings.
+    """
+    out = Path(out)
+    identity = {"base": base, "task": task, "config": dataclasses.asdict(config)}
+    if (out / SCORES).exists():
+        saved = files.read_json(out / SCORES)
+        _check_same(saved, identity, out / SCORES)
+        return read_gains(saved)
+    torch.manual_seed(config.seed)
+    strategy = make_strategy(model, config)
+    losses = fit(strategy, train, search, state_path=out / STATE, identity=identity, progress=progress)
+    gains = strategy.gains()
+    update = {
+        f"{name}.{side}": matrix.contiguous().cpu()
+        for name, pair in strategy.update().items()
+        for side, matrix in zip("AB", pair, strict=True)
+    }
+    if update:
+        files.write_bytes(out / UPDATE, safetensors.torch.save(update, {"scale": str(config.scale)}))
+    strategy.close()
+    files.write_json(out / SCORES, _scores(gains, identity, losses))
+    (out / STATE).unlink(missing_ok=True)
+    return gains
+
+
+def plan(gains: Gains, ranks: Mapping[str, int], config: SearchConfig, **names: str | None) -> RankPlan:
+    """The `ranks.json` of an allocation; `names` are its base and task."""
+    return RankPlan(
+        ranks=dict(ranks),
+        method=config.method,
+        space=gains.ranks,
+        scale=config.scale,
+        provenance=files.provenance(config=dataclasses.asdict(config)),
+        **names,
+    )
+
+
+def read_gains(scores: Mapping[str, Any]) -> Gains:
+    """The gains in the value of a `scores.json`."""
+    return Gains(
+        shapes={name: tuple(shape) for name, shape in scores["shapes"].items()},
+        ranks=scores["ranks"],
+        values=np.array(scores["values"], dtype=np.float64),
+        errors=np.array(scores["errors"], dtype=np.float64),
+        chooses=scores["chooses"],
+    )
+
+
+def _scores(gains: Gains, identity: Mapping[str, Any], losses: Sequence[float]) -> dict[str, Any]:
+    errors = gains.errors.astype(object)
+    errors[np.isnan(gains.errors)] = None
+    return {
+        "format": FORMAT,
+        **identity,
+        "shapes": gains.shapes,
+        "ranks": gains.ranks,
+        "values": gains.values.tolist(),
+        "errors": errors.tolist(),
+        "chooses": gains.chooses,
+        "losses": list(losses),
+        "provenance": files.provenance(),
+    }
+
+
+def _save(strategy: Strategy, losses: list[float], path: Path, identity: Mapping[str, Any] | None) -> None:
+    state = {
+        "identity": identity,
+        "losses": losses,
+        "random": torch.get_rng_state(),
+        "strategy": strategy.state(),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def _load(strategy: Strategy, path: Path, identity: Mapping[str, Any] | None) -> list[float]:
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is no readable search state ({error}); delete it to start again") from None
+    _check_same(state["identity"] or {}, identity or {}, path)
+    strategy.restore(state["strategy"])
+    torch.set_rng_state(state["random"])
+    return state["losses"]
+
+
+def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuses to go on with a search of other settings."""
+    flat = {name: value for name, value in wanted.items() if name != "config"} | wanted.get("config", {})
+    old = dict(saved) | saved.get("config", {})
+    for name, value in flat.items():
+        if old.get(name) != value:
+            raise InputError(
+                f"{path} is of a search with {name} {old.get(name)!r}, not {value!r}; "
+                "use another --out or delete it"
+            )

@@ -1,0 +1,128 @@
+"""Derived adapters, loaded by PEFT itself."""
+
+import json
+import warnings
+
+import pytest
+import search_models as models
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from lvnas import search
+from lvnas.derive import derive, lora_config
+from lvnas.errors import InputError
+from lvnas.ranks import RankPlan
+from lvnas.strategies import SearchConfig
+from lvnas.supernet import Supernet
+
+
+def shapes_of(model):
+    return Supernet(model, "all", [1, 2]).shapes
+
+
+@pytest.fixture
+def shapes():
+    return shapes_of(models.mllama())
+
+
+def mixed(shapes, space=(0, 1, 2, 4)):
+    return RankPlan(
+        ranks={name: space[i % len(space)] for i, name in enumerate(shapes)}, scale=2.0, base="tiny"
+    )
+
+
+def load(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*hidden_state.*")
+        return PeftModel.from_pretrained(models.mllama(), folder)
+
+
+def test_restarted_adapter_is_what_the_plan_says(tmp_path, shapes):
+    plan = mixed(shapes)
+    derive(plan, shapes, tmp_path / "adapter", features={"vision_features": "reference"})
+    model = load(tmp_path / "adapter")
+    layers = {
+        n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "lora_A")
+    }
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {
+        name: rank for name, rank in plan.ranks.items() if rank
+    }
+    assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+    trainable = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert trainable == plan.parameters(shapes)
+    batch = models.mllama_batch()
+    assert model(**batch).loss == models.mllama()(**batch).loss
+    facts = json.loads((tmp_path / "adapter/lvnas.json").read_text())
+    assert facts["format"] == "lvnas-adapter/1" and facts["vision_features"] == "reference"
+
+
+def test_same_seed_same_bytes(tmp_path, shapes):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        derive(mixed(shapes), shapes, tmp_path / name, seed=seed)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    weights = [load_file(tmp_path / n / "adapter_model.safetensors") for n in "ac"]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_the_config_alone_makes_the_same_ranks(shapes):
+    model = get_peft_model(models.mllama(), lora_config(mixed(shapes)))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == mixed(shapes).parameters(shapes)
+
+
+def trained_search(tmp_path):
+    config = SearchConfig(
+        method="darts", ranks=[0, 1, 2, 4], steps=4, batch_size=2, learning_rate=3e-2, scale=2.0
+    )
+    stream = [(models.mllama_batch(seed), [seed]) for seed in range(4)]
+    search.run(models.mllama(), stream, stream, config, tmp_path / "search", base="tiny", task="random")
+    return tmp_path / "search/update.safetensors"
+
+
+def test_inherited_adapter_at_full_rank_is_the_trained_update(tmp_path, shapes):
+    update = trained_search(tmp_path)
+    plan = RankPlan(ranks=dict.fromkeys(shapes, 4), scale=2.0)
+    derive(plan, shapes, tmp_path / "adapter", update=update)
+    trained, adapter = load_file(update), load_file(tmp_path / "adapter/adapter_model.safetensors")
+    moved = 0.0
+    for name in shapes:
+        expected = trained[f"{name}.B"] @ trained[f"{name}.A"]
+        b, a = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA")
+        torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-5)
+        moved += expected.abs().sum().item()
+    assert moved > 1
+
+
+def test_inherited_adapter_is_the_best_approximation(tmp_path, shapes):
+    update = trained_search(tmp_path)
+    trained = load_file(update)
+    for scale in (2.0, 0.5):
+        derive(RankPlan(ranks=dict.fromkeys(shapes, 1), scale=scale), shapes, tmp_path / "a", update=update)
+        adapter = load_file(tmp_path / "a/adapter_model.safetensors")
+        for name in shapes:
+            product = 2.0 * trained[f"{name}.B"] @ trained[f"{name}.A"]
+            b, a = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA")
+            rest = torch.linalg.matrix_norm(product - scale * b @ a, ord=2)
+            torch.testing.assert_close(rest, torch.linalg.svdvals(product)[1], rtol=1e-3, atol=1e-4)
+
+
+def test_bad_input(tmp_path, shapes):
+    out = tmp_path / "adapter"
+    with pytest.raises(InputError, match="every rank of the plan is 0"):
+        derive(RankPlan(ranks=dict.fromkeys(shapes, 0)), shapes, out)
+    with pytest.raises(InputError, match="not in this base"):
+        derive(RankPlan(ranks={"model.nowhere": 4}), shapes, out)
+    with pytest.raises(InputError, match="trains nothing leaves no update"):
+        derive(mixed(shapes), shapes, out, update=tmp_path / "missing.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="is no update of a search"):
+        derive(mixed(shapes), shapes, out, update=tmp_path / "broken.safetensors")
+    update = trained_search(tmp_path)
+    with pytest.raises(InputError, match="more than the rank 4"):
+        derive(RankPlan(ranks=dict.fromkeys(shapes, 8)), shapes, out, update=update)
+    wider = {name: (d + 1, o) for name, (d, o) in shapes.items()}
+    with pytest.raises(InputError, match="the base's is"):
+        derive(mixed(shapes), wider, out, update=update)
+    assert not out.exists()
