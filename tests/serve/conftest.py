@@ -1,0 +1,70 @@
+"""One in-process engine for all serving tests, over a random tiny checkpoint and adapters that cover each part."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the sampler's small compiled helpers cost 20 s
+
+from checkpoints import make_adapter, make_checkpoint
+
+EVERYTHING = r".*(vision_model|language_model).*\.([qkvo]_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
+VISION = r"model\.vision_model.*\.([qkvo]_proj|fc1|fc2)"
+CROSS_KV = r".*cross_attn\.[kv]_proj"
+MIXED = {
+    "": 4,
+    r"^model\.vision_model\.transformer\.layers\.0\.self_attn\.q_proj": 16,
+    r"^model\.vision_model\.global_transformer\.layers\.0\.self_attn\.q_proj": 1,
+    r"^model\.language_model\.layers\.0\.self_attn\.q_proj": 8,
+    r"^model\.language_model\.layers\.1\.cross_attn\.k_proj": 2,
+    r"^model\.language_model\.layers\.1\.cross_attn\.v_proj": 16,
+    "gate_proj": 13,
+    "fc1": 3,
+}
+ADAPTERS = {
+    "everything": {"ranks": MIXED, "targets": EVERYTHING},
+    "everything-too": {"ranks": {"": 16}, "targets": EVERYTHING, "scale": 0.5},
+    "text": {"ranks": {"": 8}, "targets": r".*language_model.*\.([qo]_proj|down_proj)", "use_rslora": True},
+    "vision-1": {"ranks": {"": 8}, "targets": VISION},
+    "vision-2": {"ranks": {"": 8}, "targets": VISION},
+    "cross-kv-1": {"ranks": {"": 4}, "targets": CROSS_KV},
+    "cross-kv-2": {"ranks": {"": 4}, "targets": CROSS_KV},
+    "projector": {"ranks": {"": 4}, "targets": r".*(multi_modal_projector|cross_attn\.[qo]_proj)"},
+}
+LIMITS = {"max_model_len": 256, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 3}}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("serve") / "base")
+
+
+@pytest.fixture(scope="session")
+def adapters(checkpoint: Path) -> dict[str, Path]:
+    return {
+        name: make_adapter(checkpoint, checkpoint.parent / name, seed, **spec)
+        for seed, (name, spec) in enumerate(ADAPTERS.items(), start=1)
+    }
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path, adapters: dict[str, Path]):
+    from oracle import Oracle
+
+    return Oracle(checkpoint, adapters)
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: Path, adapters: dict[str, Path]) -> Iterator:
+    """Three slots for eight adapters: they take turns."""
+    from served import Engine
+
+    yield Engine(
+        checkpoint, adapters, enable_lora=True, max_loras=3, max_cpu_loras=4, max_lora_rank=16, **LIMITS
+    )
