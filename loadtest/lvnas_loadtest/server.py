@@ -1,0 +1,60 @@
+"""Questions to a server that are no load: which models it serves."""
+
+import json
+import os
+import urllib.request
+from typing import Any
+
+from lvnas.errors import InputError
+from lvnas_loadtest.workload import Workload, normal_url
+
+TIMEOUT = 30.0
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would be in the measurement
+
+
+def headers() -> dict[str, str]:
+    """The headers of every request; the key comes from OPENAI_API_KEY, as for other OpenAI clients."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+def served_models(url: str) -> list[str]:
+    """The names of the models that `url` serves, as it lists them.
+
+    Raises:
+        InputError: nothing answers there, or it does not answer like an OpenAI-compatible server.
+    """
+    return [model["id"] for model in _models(url)]
+
+
+def served_adapters(url: str) -> list[str]:
+    """The served LoRA adapters (vLLM names each one's base as its parent); all models where none is one.
+
+    Raises:
+        InputError: as `served_models`.
+    """
+    models = _models(url)
+    return [model["id"] for model in models if model.get("parent")] or [model["id"] for model in models]
+
+
+def check_models(workload: Workload) -> None:
+    """Sees that each adapter's server has its model.
+
+    Raises:
+        InputError: a model is not served, or a server does not answer.
+    """
+    for url in {workload.route(adapter)[0] for adapter in workload.adapters}:
+        served = served_models(url)
+        wanted = [model for address, model in map(workload.route, workload.adapters) if address == url]
+        missing = [model for model in wanted if model not in served]
+        if missing:
+            raise InputError(f"{url} serves no model {', '.join(missing)}; it serves {', '.join(served)}")
+
+
+def _models(url: str) -> list[dict[str, Any]]:
+    address = normal_url(url) + "/v1/models"
+    try:
+        with _opener.open(urllib.request.Request(address, headers=headers()), timeout=TIMEOUT) as answer:
+            return [model for model in json.load(answer)["data"] if isinstance(model["id"], str)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"no OpenAI-compatible server answers at {address}: {error}") from None

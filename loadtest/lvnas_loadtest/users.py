@@ -1,0 +1,58 @@
+"""The Locust user: takes the next request of its process's load and streams the answer."""
+
+import time
+from typing import ClassVar
+
+import gevent
+from locust import User, task
+from locust.exception import StopUser
+
+from lvnas_loadtest.load import Load
+from lvnas_loadtest.records import Record
+
+
+class RequestFailed(Exception):
+    """What Locust shows for a failed request."""
+
+
+class ChatUser(User):
+    """In a closed loop, sends, waits for the answer, sends again. In an open loop, sends when the schedule
+    says so and
+    leaves the answer to another greenlet; any number of users share one schedule."""
+
+    load: ClassVar[Load]
+    """This process's load, set before the test starts."""
+
+    @task
+    def ask(self) -> None:
+        """Sends the next request, or ends this user when there is none."""
+        planned = self.load.next()
+        if planned is None:
+            raise StopUser
+        body = self.load.prompts.body(planned)
+        if planned.at is None:
+            self.load.send(planned, body, self.report)
+        else:
+            gevent.sleep(max(0.0, self.load.began + planned.at - time.time()))
+            self.load.in_flight.spawn(self.load.send, planned, body, self.report)
+
+    def wait_time(self) -> float:
+        """No pause: the load decides when."""
+        return 0.0
+
+    def on_stop(self) -> None:
+        """Stays until the answers under way are complete."""
+        self.load.in_flight.join()
+
+    def report(self, record: Record) -> None:
+        """Shows a request in Locust's own statistics (its response length is the number of output tokens)."""
+        self.environment.events.request.fire(
+            request_type="chat",
+            name=record.adapter,
+            response_time=record.latency * 1000,
+            response_length=record.output_tokens,
+            exception=RequestFailed(record.error) if record.error else None,
+            start_time=record.start,
+            url="/v1/chat/completions",
+            context={},
+        )
