@@ -1,0 +1,69 @@
+"""Where adapters come from: folders, folders of folders, Hub ids, each with a name of the user's choice."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lvnas.adapter_config import CONFIG_NAME
+from lvnas.adapters import Adapter, read_adapter
+from lvnas.errors import InputError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
+_WANTED = [
+    "adapter_config.json",
+    "lvnas.json",
+    "adapter_model*.safetensors",
+    "adapter_model.safetensors.index.json",
+]
+
+
+def find_adapters(sources: Iterable[str]) -> list[Adapter]:
+    """The checked adapters that `sources` name, in order.
+
+    Args:
+        sources: each an adapter's folder, a folder of such folders, a Hub id (`org/name[@revision]`), or
+            NAME=one of these with a single adapter.
+
+    Raises:
+        InputError: a source that is nothing of this, or a broken adapter.
+    """
+    return [adapter for source in sources for adapter in _resolve(source)]
+
+
+def _resolve(source: str) -> list[Adapter]:
+    name, equals, place = source.rpartition("=") if not Path(source).exists() else ("", "", source)
+    given = name if equals else None
+    folder = Path(place)
+    if folder.is_dir():
+        if (folder / CONFIG_NAME).exists() or (folder / CONFIG_NAME).is_symlink():
+            return [read_adapter(folder, given)]
+        inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+        if not inside:
+            raise InputError(
+                f"{place!r} holds no {CONFIG_NAME}, nor does a folder in it; expected a PEFT adapter"
+            )
+        if given and len(inside) > 1:
+            raise InputError(f"{place!r} holds {len(inside)} adapters, which cannot all be called {given!r}")
+        return [read_adapter(path, given) for path in inside]
+    if _HUB_ID.fullmatch(place) and not folder.exists():
+        return [read_adapter(download(place), given or place.partition("@")[0].rpartition("/")[2])]
+    raise InputError(
+        f"no adapter {place!r}; expected an adapter's folder, a folder of such folders, or a Hub id org/name"
+    )
+
+
+def download(hub_id: str) -> Path:
+    """The snapshot folder of `org/name` or `org/name@revision` in the Hub's cache, fetched if need be.
+
+    Raises:
+        InputError: the Hub does not have it, refuses it, or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"no folder {hub_id!r} here, and the Hub did not give it: {reason}") from None

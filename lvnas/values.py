@@ -1,0 +1,63 @@
+"""A tensor's bytes as a torch tensor and back, and the check that every value is finite."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lvnas.tensorfile import BrokenFile, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_BITS = {  # dtype -> (unsigned type of that width, all bits but the sign, infinity: more than that is NaN)
+    "F32": ("<u4", 0x7FFFFFFF, 0x7F800000),
+    "F16": ("<u2", 0x7FFF, 0x7C00),
+    "BF16": ("<u2", 0x7FFF, 0x7F80),
+}
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""torch's names -> safetensors' names."""
+
+
+def dtype_name(dtype: str) -> str:
+    """safetensors' name -> torch's name: BF16 -> bfloat16."""
+    return next(name for name, short in DTYPE_NAMES.items() if short == dtype)
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """safetensors' name -> torch's dtype."""
+    import torch
+
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+
+
+def check_finite(tensor: TensorInfo, data: bytes | bytearray) -> None:
+    """Refuses a NaN or an infinity among the values `data` of `tensor`; works on the bits.
+
+    Raises:
+        BrokenFile: there is one.
+    """
+    unsigned, magnitude, infinity = _BITS[tensor.dtype]
+    bits = np.frombuffer(data, unsigned) & np.dtype(unsigned).type(magnitude)
+    if bits.size and bits.max() >= infinity:
+        at = int(np.argmax(bits >= infinity))
+        kind = "an infinity" if bits[at] == infinity else "a NaN"
+        raise BrokenFile(
+            tensor.path, "not-finite", f"tensor {tensor.name!r} holds {kind}, first at element {at}"
+        )
+
+
+def as_tensor(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> "Tensor":
+    """The tensor over `data`, without a copy."""
+    import torch
+
+    if not data:
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+    return torch.frombuffer(data, dtype=torch_dtype(dtype)).reshape(shape)
+
+
+def as_bytes(tensor: "Tensor") -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    import torch
+
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data)
