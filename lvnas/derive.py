@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvnas import files
 from lvnas.errors import InputError
@@ -74,6 +74,39 @@ def derive(
             search=dict(plan.provenance),
         )
         files.write_json(folder / "lvnas.json", facts | {"provenance": made})
+
+
+def derive_file(
+    ranks: Path, out: Path, *, base: str | None = None, inherit: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """`derive` for a ranks file: shapes from its base on the meta device, the update from its folder.
+
+    Returns:
+        The adapter in numbers: folder, parameters, modules.
+
+    Raises:
+        InputError: see `derive`; or neither the file nor `base` names a base.
+    """
+    from lvnas.bases import meta_model
+
+    plan = RankPlan.read(ranks)
+    plan.base = base or plan.base
+    if plan.base is None:
+        raise InputError(f"{ranks} names no base; give one with --base")
+    model = meta_model(plan.base)
+    shapes = {
+        n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
+    # How `lvnas.bases.load` computes Mllama, on which search and fine-tuning run.
+    mllama = {"vision_features": "reference", "pre_image_rows": "transformers"}
+    features = mllama if model.config.model_type == "mllama" else {}
+    update = Path(ranks).parent / "update.safetensors" if inherit else None
+    derive(plan, shapes, out, update=update, seed=seed, features=features)
+    return {
+        "adapter": str(out),
+        "parameters": plan.parameters(shapes),
+        "modules": sum(rank > 0 for rank in plan.ranks.values()),
+    }
 
 
 def lora_config(plan: RankPlan) -> LoraConfig:

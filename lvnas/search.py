@@ -8,6 +8,8 @@ instead, from which an interrupted search goes on to bit-identical scores.
 import dataclasses
 import io
 import pickle
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,16 @@ import torch
 from torch import nn
 
 from lvnas import files
+from lvnas.allocate import Budget, allocate
 from lvnas.errors import InputError
+from lvnas.progress import track
 from lvnas.ranks import RankPlan
 from lvnas.strategies import Gains, SearchConfig, Strategy, make_strategy
 from lvnas.strategies.base import NonFiniteLoss, Stream
+from lvnas.supernet import check_space
 
 FORMAT = "lvnas-scores/1"
 SCORES, UPDATE, STATE, RANKS = "scores.json", "update.safetensors", "state.pt", "ranks.json"
-
-Progress = Callable[[int, int, float], None]
-"""Called after every step with the steps done, all steps, and the loss."""
 
 
 class Shuffled:
@@ -55,7 +57,7 @@ def fit(
     state_path: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     save_every: int = 20,
-    progress: Progress | None = None,
+    title: str | None = None,
 ) -> list[float]:
     """Steps `strategy` to its end; returns the loss of every step.
 
@@ -65,6 +67,7 @@ def fit(
         state_path: where to keep the state; if it exists, the search goes on from it.
         identity: what the search is; a state of another one is refused.
         save_every: steps between two states; the most that an interruption loses.
+        title: of the progress bar; no bar if None.
 
     Raises:
         InputError: a loss that is not finite (state saved), or a state of another search.
@@ -72,7 +75,9 @@ def fit(
     losses = []
     if state_path and state_path.exists():
         losses = _load(strategy, state_path, identity)
-    for index in range(len(losses), strategy.steps):
+    left = range(len(losses), strategy.steps)
+    bar = track(left, title) if title and left else None
+    for index in bar or left:
         try:
             losses.append(strategy.step(index, train, search))
         except NonFiniteLoss as error:
@@ -82,8 +87,8 @@ def fit(
             raise InputError(
                 f"step {index}: {error}; lower the learning rate or look at those examples{kept}"
             ) from None
-        if progress:
-            progress(index + 1, strategy.steps, losses[-1])
+        if bar:
+            bar.note(f"loss {losses[-1]:.3f}")
         if state_path and (index + 1) % save_every == 0:
             _save(strategy, losses, state_path, identity)
     return losses
@@ -98,7 +103,7 @@ def run(
     *,
     base: str | None = None,
     task: str | None = None,
-    progress: Progress | None = None,
+    title: str | None = None,
 ) -> Gains:
     """The gains of a whole search, kept in the folder `out`; a finished one is read again, not repeated.
 
@@ -113,7 +118,7 @@ def run(
         return read_gains(saved)
     torch.manual_seed(config.seed)
     strategy = make_strategy(model, config)
-    losses = fit(strategy, train, search, state_path=out / STATE, identity=identity, progress=progress)
+    losses = fit(strategy, train, search, state_path=out / STATE, identity=identity, title=title)
     gains = strategy.gains()
     update = {
         f"{name}.{side}": matrix.contiguous().cpu()
@@ -128,16 +133,93 @@ def run(
     return gains
 
 
-def plan(gains: Gains, ranks: Mapping[str, int], config: SearchConfig, **names: str | None) -> RankPlan:
-    """The `ranks.json` of an allocation; `names` are its base and task."""
-    return RankPlan(
-        ranks=dict(ranks),
+def search_task(
+    task: str,
+    base: str,
+    config: SearchConfig,
+    out: Path,
+    *,
+    budget: Budget,
+    max_rank: int | None = None,
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Searches `base` on the task's train and search splits and writes `out`/ranks.json for `budget`.
+
+    Returns:
+        The plan in numbers: parameters, modules, share of the highest rank everywhere, histogram of ranks.
+
+    Raises:
+        InputError: an unknown base, task or method, settings that do not fit, or a budget out of reach.
+    """
+    from lvnas import bases, tasks
+    from lvnas.tasks.batches import Collator
+
+    out = Path(out)
+    splits = tasks.load_task(task).splits
+    model, processor = bases.load(base, dtype=dtype)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model.to(device)
+    collate = Collator(processor)
+
+    def batch(examples: list) -> dict[str, torch.Tensor]:
+        return {name: value.to(device) for name, value in collate(examples).items()}
+
+    train, held_out = (
+        Shuffled(splits[split], batch, config.batch_size, config.seed) for split in ("train", "search")
+    )
+    title = f"searching ranks of {base} for {task} ({config.method})"
+    gains = run(model, train, held_out, config, out, base=base, task=task, title=title)
+    given = dataclasses.asdict(budget)
+    amount = None if gains.chooses and not any(given.values()) else budget.parameters(gains)
+    plan = RankPlan(
+        ranks=allocate(gains, amount, max_rank=max_rank),
+        base=base,
+        task=task,
         method=config.method,
         space=gains.ranks,
         scale=config.scale,
-        provenance=files.provenance(config=dataclasses.asdict(config)),
-        **names,
+        provenance=files.provenance(
+            config=dataclasses.asdict(config), budget=given, scores_sha256=files.sha256(out / SCORES)
+        ),
     )
+    plan.write(out / RANKS)
+    parameters = plan.parameters(gains.shapes)
+    counts = Counter(plan.ranks.values())
+    return {
+        "ranks": str(out / RANKS),
+        "parameters": parameters,
+        "modules": sum(rank > 0 for rank in plan.ranks.values()),
+        "share_of_highest": parameters / gains.parameters()[:, -1].sum(),
+        "histogram": {str(rank): counts[rank] for rank in gains.ranks},
+    }
+
+
+def parse_ranks(text: str) -> list[int]:
+    """`"4,8,16"` -> [4, 8, 16].
+
+    Raises:
+        InputError: not a comma-separated list of different whole numbers >= 0.
+    """
+    try:
+        return check_space(int(part) for part in text.split(","))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"ranks {text!r} are not whole numbers separated by commas, such as 4,8,16"
+        ) from None
+
+
+def parse_options(given: Sequence[str]) -> dict[str, str]:
+    """`["batches=8"]` -> {"batches": "8"}.
+
+    Raises:
+        InputError: one without "=".
+    """
+    for text in given:
+        if "=" not in text:
+            raise InputError(f"option {text!r} is not of the form NAME=VALUE")
+    return dict(text.split("=", 1) for text in given)
 
 
 def read_gains(scores: Mapping[str, Any]) -> Gains:
@@ -181,8 +263,10 @@ def _save(strategy: Strategy, losses: list[float], path: Path, identity: Mapping
 
 def _load(strategy: Strategy, path: Path, identity: Mapping[str, Any] | None) -> list[float]:
     try:
+        if not zipfile.is_zipfile(path):  # torch.load takes anything else for its oldest format
+            raise pickle.UnpicklingError("not a file that torch.save wrote")
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is no readable search state ({error}); delete it to start again") from None
     _check_same(state["identity"] or {}, identity or {}, path)
     strategy.restore(state["strategy"])

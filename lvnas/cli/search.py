@@ -1,0 +1,65 @@
+"""`lvnas search`."""
+
+import json
+from pathlib import Path
+
+import click
+
+METHODS = "score (ours), darts (the paper), or a baseline: svd, eva, adalora, type, uniform, random."
+
+
+@click.command()
+@click.argument("task")
+@click.option("--base", default="tiny", show_default=True, help="Short name, Hub id or folder.")
+@click.option("--method", default="score", show_default=True, help=METHODS)
+@click.option("--targets", default="all", show_default=True, help="Groups or module names, comma-separated.")
+@click.option("--ranks", default="4,8,16,32,64", show_default=True, help="The space; 0 is allowed.")
+@click.option("--params", help="Budget: LoRA parameters, such as 103.3M.")
+@click.option("--ratio", type=float, help="Budget: the highest rank everywhere, divided by this.")
+@click.option("--like-uniform", type=float, help="Budget: as many parameters as this rank everywhere.")
+@click.option("--max-rank", type=int, help="Highest rank that the plan may have.")
+@click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Training steps.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples per step."
+)
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="AdamW's, for A and B.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="LoRA scaling, same for all ranks.")
+@click.option("--seed", default=0, show_default=True, help="Of LoRA's start and of the data's order.")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the base's weights.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; resumed if interrupted.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+def command(
+    task: str,
+    base: str,
+    method: str,
+    targets: str,
+    ranks: str,
+    params: str | None,
+    ratio: float | None,
+    like_uniform: float | None,
+    max_rank: int | None,
+    dtype: str,
+    out: Path,
+    as_json: bool,
+    options: tuple[str, ...],
+    **settings: int | float,
+) -> None:
+    """Find a LoRA rank for every module of BASE on TASK, within a budget; writes OUT/ranks.json.
+
+    A finished search is not repeated: with the same settings and another budget it only allocates again.
+    """
+    from lvnas.allocate import Budget
+    from lvnas.search import parse_options, parse_ranks, search_task
+    from lvnas.strategies import SearchConfig
+
+    config = SearchConfig(
+        method=method, targets=targets, ranks=parse_ranks(ranks), options=parse_options(options), **settings
+    )
+    budget = Budget(params=params, ratio=ratio, like_uniform=like_uniform)
+    summary = search_task(task, base, config, out, budget=budget, max_rank=max_rank, dtype=dtype)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+        return
+    print(f"{summary['ranks']}: {summary['parameters']:,} LoRA parameters in {summary['modules']} modules")
+    print("ranks: " + ", ".join(f"{rank} x {count}" for rank, count in summary["histogram"].items()))
