@@ -13,9 +13,10 @@ def register() -> None:
         return
     _registered = True
 
-    from lvnas_vllm import vllm_internals
+    from lvnas_vllm import ragged, vllm_internals
 
     vllm_internals.register_mllama()
     vllm_internals.fix_encoder_order()
     vllm_internals.fix_cpu_lora()
     vllm_internals.reject_stray_images()
+    ragged.enable()

@@ -1,4 +1,4 @@
-"""Requests drawn by a seeded generator: text, images of every shape and place, one or several, any adapter."""
+"""Requests drawn by a seeded generator: text, images of every shape and place, any adapter."""
 
 import random
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""One in-process engine for all serving tests, over a random tiny checkpoint and adapters that cover each part."""
+"""One in-process engine for all serving tests, over a random tiny checkpoint and many adapters."""
 
 import os
 from collections.abc import Iterator

@@ -38,7 +38,7 @@ class Engine:
 
 
 def compare(oracle: Oracle, case: Case, output: RequestOutput) -> tuple[bool, float]:
-    """Whether the greedy ids agree, and the largest difference of the log probabilities that were returned."""
+    """Whether the greedy ids agree, and the largest difference of the returned log probabilities."""
     answer = output.outputs[0]
     wanted = oracle.logprobs(case, answer.token_ids)
     worst = max(
