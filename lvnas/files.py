@@ -91,7 +91,11 @@ def provenance(**facts: Any) -> Mapping[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+        },
         **facts,
     }
 

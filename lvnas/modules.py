@@ -52,7 +52,9 @@ def parse_targets(targets: str | Iterable[str]) -> tuple[str, ...]:
     parts = targets.split(",") if isinstance(targets, str) else targets
     names = tuple(part.strip() for part in parts if part.strip())
     if not names:
-        raise InputError(f"no target modules named; allowed: {', '.join(GROUPS)} or module names, comma-separated")
+        raise InputError(
+            f"no target modules named; allowed: {', '.join(GROUPS)} or module names, comma-separated"
+        )
     return names
 
 
@@ -86,7 +88,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all") -> dict
 
 
 def _selects(target: str, name: str) -> bool:
-    if target == "text" and is_vision(name) or target == "vision" and not is_vision(name):
+    if (target == "text" and is_vision(name)) or (target == "vision" and not is_vision(name)):
         return False
     wanted = GROUPS.get(target, (target,))
     return name.rpartition(".")[2] in wanted or name == canonical_name(target)

@@ -58,7 +58,9 @@ class RankPlan:
         """
         value = files.read_json(path)
         if not isinstance(value, dict):
-            raise InputError(f"{path} holds {_kind(value)}; expected ranks.json or an object of module name: rank")
+            raise InputError(
+                f"{path} holds {_kind(value)}; expected ranks.json or an object of module name: rank"
+            )
         if value.get("format") not in (None, FORMAT):
             raise InputError(f"{path} has format {value['format']!r}; this lvnas reads {FORMAT!r}")
         ranks = value.get("ranks") if "format" in value else value
@@ -103,7 +105,7 @@ class RankPlan:
 
 def uniform(names: Mapping[str, Any] | list[str], rank: int) -> RankPlan:
     """The same rank for every module in `names`."""
-    return RankPlan(ranks={name: rank for name in names}, method="uniform", space=[rank])
+    return RankPlan(ranks=dict.fromkeys(names, rank), method="uniform", space=[rank])
 
 
 def _kind(value: Any) -> str:
