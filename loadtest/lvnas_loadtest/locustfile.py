@@ -8,6 +8,7 @@ workload from the master.
 import locust  # isort: skip
 import dataclasses
 import logging
+from functools import partial
 from typing import Any
 
 import gevent
@@ -21,7 +22,7 @@ from lvnas_loadtest.workload import Workload
 
 __all__ = ["ChatUser", "Shape"]
 
-BEGIN, FINISH, RECORDS = "lvnas-begin", "lvnas-finish", "lvnas-records"
+BEGIN, MOVE, FINISH, RECORDS = "lvnas-begin", "lvnas-move", "lvnas-finish", "lvnas-records"
 SETTLE = 3.0
 """Seconds in which a master may not have heard yet from its workers how many users they run."""
 COLLECT = 30.0
@@ -46,6 +47,7 @@ def initialise(environment: Any, **_: Any) -> None:
     runner = environment.runner
     if isinstance(runner, runners.WorkerRunner):
         runner.register_message(BEGIN, worker_begin)
+        runner.register_message(MOVE, worker_move)
         runner.register_message(FINISH, worker_finish)
     if isinstance(runner, runners.MasterRunner):
         runner.register_message(RECORDS, master_collect)
@@ -54,6 +56,19 @@ def initialise(environment: Any, **_: Any) -> None:
 def worker_begin(environment: Any, msg: Any) -> None:
     """On a worker: takes its share of the workload."""
     ChatUser.load = Load(Workload(**msg.data["workload"]), *msg.data["share"])
+
+
+def move(runner: Any, adapter: str, url: str, model: str) -> None:
+    """Sends an adapter's requests elsewhere from now on, in all processes."""
+    assert session is not None
+    session.workload.routes[adapter] = [url, model]
+    if isinstance(runner, runners.MasterRunner):
+        runner.send_message(MOVE, {"adapter": adapter, "route": [url, model]})
+
+
+def worker_move(environment: Any, msg: Any) -> None:
+    """On a worker: an adapter's requests go elsewhere from now on."""
+    ChatUser.load.workload.routes[msg.data["adapter"]] = msg.data["route"]
 
 
 def worker_finish(environment: Any, msg: Any) -> None:
@@ -82,7 +97,7 @@ def begin(environment: Any, **_: Any) -> None:
     if not isinstance(runner, runners.WorkerRunner):
         try:
             session = Session(options.workload, options.out, environment.host, options.num_users)
-            session.prepare()
+            session.prepare(partial(move, runner))
         except InputError as error:
             logging.error("%s", error)
             environment.process_exit_code = 2

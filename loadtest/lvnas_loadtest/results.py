@@ -1,6 +1,8 @@
 """The result of one run: every number of the report, from the raw records."""
 
 import datetime
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,6 @@ from lvnas.files import provenance, read_json, sha256
 from lvnas_loadtest import saturation, stats
 from lvnas_loadtest.records import Record, read_records
 from lvnas_loadtest.workload import Workload
-
-BASE = "no adapter"
 
 
 def analyse(folder: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def analyse(folder: Path) -> dict[str, Any]:
         **stats.peaks(done),
         "warmup_requests": len(records) - len(counted),
         "adapters": table(lambda record: record.adapter),
-        "rank_classes": table(lambda record: workload.rank_classes.get(record.adapter, BASE)),
+        "rank_classes": table(lambda record: rank_class(workload.rank_classes, record.adapter)),
         "temperature": table(lambda record: "cold" if record.cold else "warm"),
         "content": table(lambda record: "image" if record.image else "text only"),
         "server_counted": all(record.counted for record in done),
@@ -60,10 +60,42 @@ def analyse(folder: Path) -> dict[str, Any]:
             "processes": run["generators"],
             "saturated": saturation.reasons(run["generators"], send_lags),
         },
-        **{name: run[name] for name in ("server", "canary", "churn") if name in run},
+        "server": server_summary(run["samples"], run["began"] + workload.warmup),
+        "canary": run["canary"],
+        "churn": run["churn"],
         "workload": run["workload"],
         "provenance": provenance(records_sha256=sha256(folder / "records.jsonl"), seed=workload.seed),
     }
+
+
+def rank_class(classes: Mapping[str, str], adapter: str) -> str:
+    """An adapter's rank class: one that a pack does not hold is the base; without a pack nothing is known."""
+    return classes.get(adapter, "no adapter") if classes else "unknown rank"
+
+
+def server_summary(samples: Mapping[str, Any], began: float) -> dict[str, Any]:
+    """Each sampled quantity since `began`: its first, last, mean and highest value; totals also what was
+    added."""
+    series: dict[str, list[float]] = defaultdict(list)
+    for sample in samples["values"]:
+        if sample["time"] < began:
+            continue
+        for name in ("host_bytes", "device_bytes"):
+            if sample[name] is not None:
+                series[name].append(sample[name])
+        for name, value in sample["metrics"].items():
+            series[name].append(value)
+    found: dict[str, Any] = {}
+    for name, values in series.items():
+        found[name] = {
+            "first": values[0],
+            "last": values[-1],
+            "mean": sum(values) / len(values),
+            "max": max(values),
+        }
+        if name.endswith("_total"):
+            found[name]["added"] = values[-1] - values[0]
+    return {"samples": len(samples["values"]), "errors": samples["errors"], "series": found}
 
 
 def details(records: list[Record]) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Questions to a server that are no load: which models it serves."""
+"""Questions to a server that are no load: its models, its metrics, its processes, its runtime adapters."""
 
+import ipaddress
 import json
 import os
+import socket
+import urllib.parse
 import urllib.request
 from typing import Any
+
+import psutil
 
 from lvnas.errors import InputError
 from lvnas_loadtest.workload import Workload, normal_url
@@ -49,6 +54,43 @@ def check_models(workload: Workload) -> None:
         missing = [model for model in wanted if model not in served]
         if missing:
             raise InputError(f"{url} serves no model {', '.join(missing)}; it serves {', '.join(served)}")
+
+
+def post(url: str, path: str, body: dict[str, Any]) -> str:
+    """The answer to a JSON request.
+
+    Raises:
+        OSError: no connection, or a status that is no success.
+    """
+    request = urllib.request.Request(normal_url(url) + path, json.dumps(body).encode(), headers())
+    with _opener.open(request, timeout=TIMEOUT) as answer:
+        return answer.read().decode()
+
+
+def scrape(url: str) -> str:
+    """The text of /metrics.
+
+    Raises:
+        OSError: no connection, or the server has none.
+    """
+    with _opener.open(normal_url(url) + "/metrics", timeout=TIMEOUT) as answer:
+        return answer.read().decode()
+
+
+def listening_processes(url: str) -> list[int]:
+    """The processes on this machine that listen on the port of `url`; none where it is not this machine's."""
+    parts = urllib.parse.urlsplit(normal_url(url))
+    try:
+        if not ipaddress.ip_address(socket.gethostbyname(parts.hostname or "")).is_loopback:
+            return []
+        connections = psutil.net_connections("tcp")
+    except (OSError, psutil.AccessDenied):
+        return []
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    listening = (
+        item for item in connections if item.status == psutil.CONN_LISTEN and item.laddr.port == port
+    )
+    return sorted({item.pid for item in listening if item.pid})
 
 
 def _models(url: str) -> list[dict[str, Any]]:

@@ -40,6 +40,10 @@ def workload_options(function: Any) -> Any:
         option("--ignore-eos/--stop-at-eos", default=True, help="Answers of full length."),
         option("--image-share", default=0.5, help="Share of requests with an image."),
         option("--image-size", default="64", help="Side in pixels, as a length."),
+        option(
+            "--churn", default="0s", help="Time between two adapters replaced during the load; 0 is never."
+        ),
+        option("--canary-every", default="5s", help="Time between two canary questions; 0 is none."),
         option("--goodput", multiple=True, metavar="NAME:MS", help="SLO for ttft, tpot or e2el; repeatable."),
         option("--timeout", default="120s", help="When a request has failed."),
         option("--seed", default=0, help="Same seed, same requests."),
@@ -86,6 +90,6 @@ def run(url: str, pack: Path | None, models: str | None, out: Path, as_json: boo
         return
     # A pipe has no width; the table needs more than rich's 80 columns.
     table.show(result, Console(width=None if sys.stdout.isatty() else 140))
-    for reason in saturated:
-        click.echo(f"warning: do not trust the latencies: {reason}", err=True)
     click.echo(f"report: {out / 'report.html'}", err=True)
+    if result["canary"] and result["canary"]["wrong"]:
+        raise click.ClickException("the server used a wrong adapter; see the canary answers in the report")

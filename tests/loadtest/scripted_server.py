@@ -1,7 +1,7 @@
 """An OpenAI-compatible server that answers from a script, with known delays: the truth for the timing tests.
 
 Run as its own process: `python scripted_server.py SCRIPT LOG`; prints its port. SCRIPT is JSON,
-{model: {"ttft": [seconds, ...], "gap": [seconds, ...], "fault": str, "answer": str}}; delays are used in turn.
+{model: {"ttft": [seconds, ...], "gap": [seconds, ...], "fault": str, "answer": str}}, delays used in turn.
 """
 
 import asyncio

@@ -92,7 +92,7 @@ def test_report_files_and_counts(serve, tmp_path):
 
 
 def test_open_loop_in_two_processes(serve, tmp_path):
-    """An open loop sends its whole schedule on time, whatever the answers take, also from two Locust workers."""
+    """An open loop sends its whole schedule on time, whatever answers take, also from two workers."""
     server = serve({"slow": {"ttft": [1.5], "gap": [0.01]}})
     load = Workload(url=server.url, adapters=["slow"], arrivals="constant:20", requests=40, output_tokens="2")
     result = run(load, tmp_path / "out", ["--processes", "2"])
@@ -105,7 +105,7 @@ def test_open_loop_in_two_processes(serve, tmp_path):
 
 @pytest.mark.parametrize(
     ("adapters", "words"),
-    [(["nope"], "serves no model nope; it serves a"), ([], "no adapters")],
+    [(["nope"], "serves no model nope; it serves a"), ([], "no adapters to ask for")],
 )
 def test_bad_input(serve, tmp_path, adapters, words):
     server = serve({"a": {"ttft": [0.02], "gap": [0.002]}})
