@@ -12,7 +12,7 @@ from lvnas.errors import InputError
 from lvnas.strategies import SearchConfig, make_strategy
 
 SPACE = [0, 1, 2, 4]
-TRAINED = ("darts", "score", "svd")
+TRAINED = ("darts", "score", "svd", "adalora", "eva")
 
 
 def config(method, **changes):
@@ -66,7 +66,7 @@ def fitted(settings, path=None, train=TRAIN, held_out=SEARCH):
 def test_interrupted_anywhere_resumes_bit_identically(method, tmp_path):
     losses, gains, update = fitted(config(method))
     stops = [{"train": Stopping(0, last)} for last in (1, 4)]
-    if method != "svd":
+    if method in ("darts", "score"):
         stops += [{"held_out": Stopping(100, last)} for last in (0, 2)]
     for number, stop in enumerate(stops):
         path = tmp_path / f"{number}.pt"
@@ -80,7 +80,7 @@ def test_interrupted_anywhere_resumes_bit_identically(method, tmp_path):
             assert all(itertools.starmap(torch.equal, zip(pair, pair_again, strict=True)))
 
 
-@pytest.mark.parametrize("method", (*TRAINED, "random", "uniform"))
+@pytest.mark.parametrize("method", ("darts", "score", "svd", "adalora", "random", "uniform"))
 def test_the_seed_decides(method):
     one, same, other = (fitted(config(method, seed=seed))[1].values for seed in (3, 3, 4))
     assert np.array_equal(one, same)

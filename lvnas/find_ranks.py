@@ -1,0 +1,121 @@
+"""`lvnas.find_ranks`: a model and calibration data in, a `peft.LoraConfig` with a rank per module out."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from lvnas.allocate import Budget, allocate
+from lvnas.derive import lora_config
+from lvnas.errors import InputError
+from lvnas.ranks import RankPlan
+from lvnas.search import fit
+from lvnas.strategies import SearchConfig, make_strategy
+
+
+def find_ranks(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    *,
+    budget: Budget | str | int | None = None,
+    method: str = "score",
+    targets: str | Iterable[str] = "all",
+    ranks: Iterable[int] = (4, 8, 16, 32, 64),
+    steps: int = 60,
+    learning_rate: float = 1e-3,
+    scale: float = 1.0,
+    seed: int = 0,
+    max_rank: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> LoraConfig:
+    """Searches a LoRA rank for every target module of `model`; the model comes back unchanged.
+
+    Every second batch trains, the others choose the ranks. When the batches run out they are used again.
+
+    Args:
+        model: the base, without an adapter, on its device.
+        dataloader: batches with labels, as `model(**batch)` takes them; at least two.
+        budget: LoRA parameters ("10M"), or a `lvnas.allocate.Budget`; only `darts` can do without.
+        method: a strategy of `lvnas.strategies`.
+        targets: groups or module names: `lvnas.modules.find_targets`.
+        ranks: the space; 0 allows a module to have no adapter.
+        steps, learning_rate, scale, seed, options: see `lvnas.strategies.SearchConfig`.
+        max_rank: highest rank that the plan may have.
+        progress: show a bar on stderr.
+
+    Returns:
+        A configuration for `peft.get_peft_model`, with `rank_pattern` and `alpha_pattern`; the scores are its
+        attribute `lvnas_gains` (`lvnas.strategies.Gains`), which PEFT does not save.
+
+    Raises:
+        InputError: bad settings, too little data, a loss that is not finite, or a budget out of reach.
+    """
+    names = targets if isinstance(targets, str) else ",".join(targets)
+    device = next(model.parameters()).device
+    wanted = 2 * (steps + 64)
+    batches = [_to(batch, device) for batch in itertools.islice(dataloader, wanted)]
+    if len(batches) < 2:
+        raise InputError(f"the dataloader gave {len(batches)} batches; a search needs at least 2")
+    config = SearchConfig(
+        method=method,
+        targets=names,
+        ranks=list(ranks),
+        scale=scale,
+        steps=steps,
+        batch_size=_size(batches[0]),
+        learning_rate=learning_rate,
+        seed=seed,
+        options=dict(options or {}),
+    )
+    training = model.training
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        strategy = make_strategy(model, config)
+        try:
+            title = f"searching ranks ({method})" if progress else None
+            fit(strategy, Cycle(batches[::2]), Cycle(batches[1::2]), title=title)
+            gains = strategy.gains()
+        finally:
+            strategy.close()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(grads[name])
+            model.train(training)
+    if budget is not None and not isinstance(budget, Budget):
+        budget = Budget(params=budget)
+    plan = RankPlan(
+        ranks=allocate(gains, budget and budget.parameters(gains), max_rank=max_rank),
+        method=method,
+        space=gains.ranks,
+        scale=scale,
+    )
+    found = lora_config(plan)
+    found.lvnas_gains = gains
+    return found
+
+
+class Cycle:
+    """A list of batches as an endless `Stream`; the ids are the batch's number in the list."""
+
+    def __init__(self, batches: list[Mapping[str, Any]]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, index: int) -> tuple[Mapping[str, Any], list[int]]:
+        number = index % len(self.batches)
+        return self.batches[number], [number]
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    return next(
+        len(value) for name, value in batch.items() if name in ("input_ids", "labels", "pixel_values")
+    )
+
+
+def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
