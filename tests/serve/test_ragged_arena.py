@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from lvnas_vllm.ragged.arena import ALIGN, Arena, ArenaFull, Ledger, aligned
-from lvnas_vllm.ragged.layout import Site, pack, plan
+from lvnas_vllm.ragged.layout import Site, pack, plan, ranks_of
 
 SIZES = st.integers(0, 400)
 
@@ -115,13 +115,16 @@ def test_layout_is_the_adapters_own_bytes():
 def test_pack_puts_rows_where_the_table_says():
     sites = [Site("qkv", 40, (30, 20))]
     a, b = torch.randn(3, 40), torch.randn(20, 3)
-    packed = pack(sites, [[None, (a, b)]], torch.float32)
-    (_, _, none), (a_at, b_at, rank) = packed.table.tolist()
+    table, elements = plan(sites, ranks_of(sites, [[None, (a, b)]]))
+    region = torch.zeros(elements)
+    pack(sites, [[None, (a, b)]], table, region)
+    (_, _, none), (a_at, b_at, rank) = table.tolist()
     assert (none, rank) == (0, 3)
-    assert torch.equal(packed.weights[a_at : a_at + 120].view(3, 40), a)
-    assert torch.equal(packed.weights[b_at : b_at + 60].view(3, 20), b.T)
+    assert torch.equal(region[a_at : a_at + 120].view(3, 40), a)
+    assert torch.equal(region[b_at : b_at + 60].view(3, 20), b.T)
 
 
 def test_pack_refuses_a_matrix_of_another_shape():
     with pytest.raises(ValueError, match=r"o: LoRA A \(3, 41\) and B \(20, 3\) do not fit"):
-        pack([Site("o", 40, (20,))], [[(torch.zeros(3, 41), torch.zeros(20, 3))]], torch.float32)
+        sites, table = [Site("o", 40, (20,))], torch.tensor([[0, 128, 3]])
+        pack(sites, [[(torch.zeros(3, 41), torch.zeros(20, 3))]], table, torch.zeros(300))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lvnas_vllm.ragged import native, torch_ops
 from lvnas_vllm.ragged.arena import Arena
-from lvnas_vllm.ragged.layout import Site, pack
+from lvnas_vllm.ragged.layout import Site, pack, plan, ranks_of
 from lvnas_vllm.ragged.runs import find_runs, token_slots
 
 SITE = Site("layers.0.qkv_proj", 96, (80, 48, 33))
@@ -36,14 +36,14 @@ def adapters(ranks, dtype, seed=0):
             ]
         )
         weights[-1] = [pair and tuple(matrix.to(dtype) for matrix in pair) for pair in weights[-1]]
-    packed = [pack([SITE], [pairs], dtype) for pairs in weights]
-    arena = Arena.allocate(sum(p.elements for p in packed) + 64 * SLOTS, dtype, "cpu", commit=False)
+    plans = [plan([SITE], ranks_of([SITE], [pairs])) for pairs in weights]
+    arena = Arena.allocate(sum(elements for _, elements in plans) + 64 * SLOTS, dtype, "cpu", commit=False)
     arena.data.fill_(float("nan"))  # what no adapter owns must not reach any output
     table = torch.zeros(SITE.slices, SLOTS, 3, dtype=torch.int64)
-    for slot, one in enumerate(packed):
-        start, _ = arena.take(slot, one.elements)
-        arena.region(slot)[: one.elements].copy_(one.weights)
-        table[:, slot] = one.table + torch.tensor([start, start, 0])
+    for slot, (own, elements) in enumerate(plans):
+        start, _ = arena.take(slot, elements)
+        pack([SITE], [weights[slot]], own, arena.region(slot))
+        table[:, slot] = own + torch.tensor([start, start, 0])
     return weights, torch_ops.SiteWeights(arena.data, table, SITE.inputs, SITE.outputs)
 
 

@@ -87,7 +87,7 @@ class Arena:
         return self.data[start : start + size]
 
     def compact(self) -> dict[int, int]:
-        """Moves regions down so that all free elements are at the end; returns the new starts of the moved."""
+        """Moves regions down until all free elements are at the end; returns the new starts of the moved."""
         moved, end = {}, 0
         for adapter, (start, size) in sorted(self.regions.items(), key=lambda item: item[1][0]):
             if start != end:

@@ -32,20 +32,6 @@ class Site:
         return len(self.outputs)
 
 
-@dataclass
-class Packed:
-    """One adapter's weights in the arena's layout."""
-
-    table: torch.Tensor
-    """int64 [slices of all sites, 3]: A's offset and B's offset in the adapter's region (elements), and R."""
-    weights: torch.Tensor
-    """1-D, the adapter's region."""
-
-    @property
-    def elements(self) -> int:
-        return self.weights.numel()
-
-
 def plan(sites: Sequence[Site], ranks: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
     """The table of an adapter with `ranks` per site and slice, and the elements of its region."""
     rows, end = [], 0
@@ -64,31 +50,38 @@ def plan(sites: Sequence[Site], ranks: Sequence[Sequence[int]]) -> tuple[torch.T
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3), end
 
 
+@dataclass
+class Packed:
+    """One registered adapter."""
+
+    table: torch.Tensor
+    """As `plan` gives it."""
+    weights: torch.Tensor | None
+    """The registered copy, 1-D; None where that is the arena's own region."""
+    elements: int
+    """Of its region."""
+
+
 def pack(
     sites: Sequence[Site],
     weights: Sequence[Sequence[Pair | None] | None],
-    dtype: torch.dtype,
-    pin: bool = False,
-) -> Packed:
-    """Packs an adapter: `weights` holds per site its slices' pairs, None where a slice or a site has none.
+    table: torch.Tensor,
+    region: torch.Tensor,
+) -> None:
+    """Copies an adapter's matrices to where `table` puts them in `region` (1-D).
+
+    `weights` holds per site its slices' pairs, None where a slice or a site has none.
 
     Raises:
         ValueError: a matrix does not have its site's shape.
     """
-    pairs = [
-        list(site_weights or [None] * site.slices) for site, site_weights in zip(sites, weights, strict=True)
-    ]
-    ranks = [[0 if pair is None else pair[0].shape[0] for pair in site_pairs] for site_pairs in pairs]
-    table, elements = plan(sites, ranks)
-    region = torch.zeros(elements, dtype=dtype, pin_memory=pin)
     row = 0
-    for site, site_pairs in zip(sites, pairs, strict=True):
-        for outputs, pair in zip(site.outputs, site_pairs, strict=True):
+    for site, own in zip(sites, weights, strict=True):
+        for outputs, pair in zip(site.outputs, own or [None] * site.slices, strict=True):
             a_start, b_start, rank = table[row].tolist()
             row += 1
-            if not rank:
+            if pair is None or not rank:
                 continue
-            assert pair is not None
             a, b = pair
             if tuple(a.shape) != (rank, site.inputs) or tuple(b.shape) != (outputs, rank):
                 raise ValueError(
@@ -97,4 +90,11 @@ def pack(
                 )
             region[a_start : a_start + rank * site.inputs].view(rank, site.inputs).copy_(a)
             region[b_start : b_start + rank * outputs].view(rank, outputs).copy_(b.T)
-    return Packed(table, region)
+
+
+def ranks_of(sites: Sequence[Site], weights: Sequence[Sequence[Pair | None] | None]) -> list[list[int]]:
+    """The rank of each site's slices, 0 where there is no pair."""
+    return [
+        [0 if pair is None else pair[0].shape[0] for pair in own or [None] * site.slices]
+        for site, own in zip(sites, weights, strict=True)
+    ]
