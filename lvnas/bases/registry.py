@@ -70,8 +70,9 @@ def base_config(base: str) -> Any:
         from lvnas.bases.tiny_processor import build_processor
 
         return tiny_config(build_processor([], tile=32, max_tiles=2))
+    place = resolve(base)
     try:
-        return AutoConfig.from_pretrained(resolve(base))
+        return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise InputError(f"base {base!r} has no configuration that transformers can load: {error}") from None
 
@@ -110,8 +111,9 @@ def load(
         InputError: the base is unknown or cannot be loaded.
     """
     place = resolve(base)
+    architecture = model_class(base_config(place))
     try:
-        model = model_class(base_config(place)).from_pretrained(place, dtype=dtype, **options)
+        model = architecture.from_pretrained(place, dtype=dtype, **options)
         processor = load_processor(place)
     except (OSError, ValueError) as error:
         raise InputError(f"base {base!r} cannot be loaded: {error}") from None
