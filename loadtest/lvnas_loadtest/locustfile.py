@@ -16,6 +16,7 @@ from locust import LoadTestShape, events, runners
 
 from lvnas.errors import InputError
 from lvnas_loadtest.load import Load
+from lvnas_loadtest.saturation import go_first
 from lvnas_loadtest.session import Session
 from lvnas_loadtest.users import ChatUser
 from lvnas_loadtest.workload import Workload
@@ -114,6 +115,7 @@ def begin(environment: Any, **_: Any) -> None:
     if session is not None:
         session.begin()
     if not isinstance(runner, runners.MasterRunner):
+        go_first()
         ChatUser.load.begin()
 
 

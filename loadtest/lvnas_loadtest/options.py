@@ -1,10 +1,12 @@
 """A workload from the options of the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lvnas.errors import InputError
 from lvnas_loadtest import specs
+from lvnas_loadtest.deployments import Deployment
 from lvnas_loadtest.packs import Pack, read_pack
 from lvnas_loadtest.server import served_adapters
 from lvnas_loadtest.workload import Workload
@@ -32,3 +34,18 @@ def make_workload(url: str, pack: Path | None, models: str | None, options: Mapp
         adapter_paths=known.paths,
         **values,
     )
+
+
+def labels(deployments: Sequence[Deployment]) -> list[str]:
+    """The names that every deployment serves, in the first one's order.
+
+    Raises:
+        InputError: there is none.
+    """
+    served = [
+        [label for engine in deployment.engines for label in engine.models] for deployment in deployments
+    ]
+    common = [label for label in served[0] if all(label in names for names in served)]
+    if not common:
+        raise InputError(f"no adapter is served by all of {', '.join(one.name for one in deployments)}")
+    return common

@@ -6,6 +6,7 @@ import os
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -49,11 +50,22 @@ def check_models(workload: Workload) -> None:
         InputError: a model is not served, or a server does not answer.
     """
     for url in {workload.route(adapter)[0] for adapter in workload.adapters}:
-        served = served_models(url)
-        wanted = [model for address, model in map(workload.route, workload.adapters) if address == url]
-        missing = [model for model in wanted if model not in served]
-        if missing:
-            raise InputError(f"{url} serves no model {', '.join(missing)}; it serves {', '.join(served)}")
+        check_url_models(
+            url, [model for address, model in map(workload.route, workload.adapters) if address == url]
+        )
+
+
+def check_url_models(url: str, labels: Sequence[str]) -> list[str]:
+    """`labels` if `url` serves them all; without labels, the adapters that it serves.
+
+    Raises:
+        InputError: a label is not served, or nothing answers.
+    """
+    served = served_models(url)
+    missing = [label for label in labels if label not in served]
+    if missing:
+        raise InputError(f"{url} serves no model {', '.join(missing)}; it serves {', '.join(served)}")
+    return list(labels) or served_adapters(url)
 
 
 def post(url: str, path: str, body: dict[str, Any]) -> str:

@@ -94,18 +94,22 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     """Prints the tables per adapter and per rank class, the server's, and the notes."""
     tables = [table for table in latency_tables(result) if table.headings[0] in ("adapter", "rank class")]
     for rows in (*tables, server_table(result)):
-        if not rows.rows:
-            continue
-        table = Table(header_style="bold")
-        for number, heading in enumerate(rows.headings):
-            table.add_column(heading, justify="right" if number else "left", overflow="fold")
-        for row in rows.rows:
-            table.add_row(*row)
-        console.print(table)
+        print_rows(rows, console)
     for note in notes(result):
         console.print(note, markup=False, highlight=False)
     for problem in problems(result):
         console.print(problem, markup=False, highlight=False, style="red")
+
+
+def print_rows(rows: Rows, console: Console) -> None:
+    """Prints one table, if it has rows."""
+    table = Table(header_style="bold")
+    for number, heading in enumerate(rows.headings):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for row in rows.rows:
+        table.add_row(*row)
+    if rows.rows:
+        console.print(table)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

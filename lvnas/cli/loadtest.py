@@ -93,3 +93,128 @@ def run(url: str, pack: Path | None, models: str | None, out: Path, as_json: boo
     click.echo(f"report: {out / 'report.html'}", err=True)
     if result["canary"] and result["canary"]["wrong"]:
         raise click.ClickException("the server used a wrong adapter; see the canary answers in the report")
+
+
+def serving_options(function: Any) -> Any:
+    """The options that say what deployments serve, and how."""
+    option = click.option
+    options = [
+        option("--mixed", multiple=True, help="Mixed-rank adapters, as `lvnas pack` takes them; repeatable."),
+        option(
+            "--uniform", multiple=True, help="The same adapters at one rank, in the same order; repeatable."
+        ),
+        option("--flags", default="", help="vLLM's flags for every server, such as '--max-model-len 2048'."),
+    ]
+    for decorate in reversed(options):
+        function = decorate(function)
+    return function
+
+
+@command.command(context_settings={"show_default": True})
+@click.option("--deployments", required=True, help="base, stock-64, stock-mixed, grouped, ragged-64, ragged-mixed, "
+              "or NAME=URL of a running server; separated by commas.")  # fmt: skip
+@serving_options
+@click.option("--slots", type=int, help="Adapters resident at once, the same for all; by default as packed.")
+@click.option("--rounds", default=3, help="How often each deployment has its turn.")
+@workload_options
+@click.option("--out", type=click.Path(path_type=Path), default="compare", help="Folder of the report.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+def compare(deployments: str, mixed: tuple[str, ...], uniform: tuple[str, ...], flags: str, slots: int | None,
+            rounds: int, out: Path, as_json: bool, **options: Any) -> None:  # fmt: skip
+    """Serve the same adapters in several ways, in turns, under the same load; ratios with confidence intervals."""
+    import shlex
+
+    from lvnas_loadtest.compare import Plan
+    from lvnas_loadtest.compare import compare as run_comparison
+    from lvnas_loadtest.compare_page import comparison_page
+    from lvnas_loadtest.deployments import deployments as make_deployments
+    from lvnas_loadtest.options import labels, make_workload
+    from lvnas_loadtest.table import print_rows
+    from rich.console import Console
+
+    made = make_deployments(deployments.split(","), mixed, uniform, out / "packs", slots)
+    # The address is a place holder: each turn puts its server's in its place.
+    workload = make_workload("http://127.0.0.1", None, ",".join(labels(made)), options)
+    console = Console(stderr=True)
+    with console.status("comparison starts") as status:
+        comparison = run_comparison(
+            Plan(deployments=made, workload=workload, rounds=rounds, flags=shlex.split(flags)),
+            out,
+            status.update,
+        )
+    if as_json:
+        click.echo(json.dumps(comparison, indent=1))
+        return
+    page, screen = comparison_page(comparison), Console(width=None if sys.stdout.isatty() else 160)
+    for rows in page.tables:
+        print_rows(rows, screen)
+    for text in (*page.problems, *page.notes):
+        screen.print(text, markup=False, highlight=False)
+    click.echo(f"report: {out / 'compare.html'}", err=True)
+
+
+@command.command(context_settings={"show_default": True})
+@click.argument("url")
+@click.option("--pack", type=click.Path(path_type=Path), help="The served pack.")
+@click.option("--models", help="Or the adapters' names, separated by commas.")
+@click.option("--share", default=0.95, help="Share of the requests that must meet the SLOs.")
+@click.option("--first", default=1.0, help="Rate of the first try, requests/s.")
+@click.option("--highest", default=1000.0, help="Rate never to exceed.")
+@click.option("--tolerance", default=0.1, help="Relative width at which the search stops.")
+@workload_options
+@click.option("--out", type=click.Path(path_type=Path), default="capacity", help="Folder of the report.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def capacity(url: str, pack: Path | None, models: str | None, share: float, first: float, highest: float,
+             tolerance: float, out: Path, as_json: bool, **options: Any) -> None:  # fmt: skip
+    """Find the highest rate that the server at URL carries within its SLOs (--goodput)."""
+    from lvnas_loadtest.capacity import rate_capacity
+    from lvnas_loadtest.options import make_workload
+    from rich.console import Console
+
+    workload = make_workload(url, pack, models, options)
+    limits = {"share": share, "first": first, "highest": highest, "tolerance": tolerance}
+    with Console(stderr=True).status("search starts") as status:
+        found = rate_capacity(workload, out, progress=status.update, **limits)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for one in found["tries"]:
+        verdict = "within" if one["within"] else "beyond"
+        click.echo(
+            f"{one['rate']:8.2f} requests/s: {one['share']:.1%} within the SLOs, {one['failed']} failed: {verdict}"
+        )
+    click.echo(f"highest rate within the SLOs: {found['rate']:.2f} requests/s")
+
+
+@command.command(context_settings={"show_default": True})
+@click.argument("deployment")
+@serving_options
+@click.option("--memory", help="Limit, such as 6GiB: of the device where there is one, else of the host.")
+@click.option("--highest", default=64, help="Number of adapters never to exceed.")
+@click.option("--out", type=click.Path(path_type=Path), default="resident", help="Folder of the result.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def resident(deployment: str, mixed: tuple[str, ...], uniform: tuple[str, ...], flags: str, memory: str | None,
+             highest: int, out: Path, as_json: bool) -> None:  # fmt: skip
+    """Find how many adapters fit at once in a DEPLOYMENT (stock-64, ragged-mixed, ...) within a limit of memory."""
+    import shlex
+
+    from lvnas_loadtest import specs
+    from lvnas_loadtest.deployments import adapters_of
+    from lvnas_loadtest.resident import resident_capacity
+    from rich.console import Console
+
+    limit = specs.size(memory) if memory else None
+    adapters = adapters_of(deployment, mixed, uniform)
+    with Console(stderr=True).status("search starts") as status:
+        found = resident_capacity(
+            deployment, adapters, out, limit_bytes=limit, highest=highest, flags=shlex.split(flags),
+            progress=status.update,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for one in found["tries"]:
+        click.echo(
+            f"{one['adapters']:4d} adapters: {'fit' if one['fits'] else one['error'] or 'too much memory'}"
+        )
+    click.echo(f"{found['adapters']} adapters fit in {deployment}")

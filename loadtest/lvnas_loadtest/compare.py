@@ -1,0 +1,160 @@
+"""Deployments against each other: started in turns (A B A B ...), the same workload and seeds, ratios per round."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from lvnas.errors import InputError
+from lvnas.files import provenance, write_json, write_text
+from lvnas_loadtest.compare_page import comparison_page
+from lvnas_loadtest.deployments import Deployment
+from lvnas_loadtest.run import run
+from lvnas_loadtest.servers import Running, running
+from lvnas_loadtest.workload import Workload
+
+CONFIDENCE = 0.95
+FIELDS = (
+    "output_throughput",
+    "request_throughput",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "p99_tpot_ms",
+    "median_e2el_ms",
+    "completed",
+    "failed",
+)
+USAGE = ("host_bytes", "device_bytes", "kv_tokens")
+EFFECTS = (
+    ("mixed ranks on stock vLLM", "stock-mixed", "stock-64"),
+    ("grouped engines", "grouped", "stock-64"),
+    ("our operators, equal ranks", "ragged-64", "stock-64"),
+    ("mixed ranks on our operators", "ragged-mixed", "ragged-64"),
+    ("operators and mixed ranks", "ragged-mixed", "stock-64"),
+    ("what adapters cost at all", "ragged-mixed", "base"),
+)
+"""(what the ratio shows, numerator, denominator)"""
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """A comparison: the first workload's server is replaced by each deployment's."""
+
+    deployments: Sequence[Deployment]
+    workload: Workload
+    rounds: int = 3
+    flags: Sequence[str] = ()
+    """vLLM's flags, the same for all: here belongs the common memory limit."""
+
+
+def compare(plan: Plan, out: Path, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Runs all turns and writes `compare.json`, `compare.md`, `compare.html` and each run's report below `out`.
+
+    Returns:
+        {"rounds": {deployment: [numbers per round]}, "ratios": [...], "errors": {...}, "workload", "provenance"}
+
+    Raises:
+        InputError: fewer than one round; no deployment finished a round.
+    """
+    if plan.rounds < 1 or not plan.deployments:
+        raise InputError(f"{plan.rounds} rounds of {len(plan.deployments)} deployments; at least one of each")
+    rounds: dict[str, list[dict[str, Any]]] = {deployment.name: [] for deployment in plan.deployments}
+    errors: dict[str, str] = {}
+    for number in range(plan.rounds):
+        for deployment in plan.deployments:
+            if deployment.name in errors:
+                continue
+            progress(f"round {number + 1} of {plan.rounds}: {deployment.name}")
+            folder = out / "runs" / f"{deployment.name}-{number + 1}"
+            try:
+                rounds[deployment.name].append(turn(plan, deployment, number, folder))
+            except InputError as error:
+                # One deployment that cannot start says something too; the others are still worth measuring.
+                errors[deployment.name] = str(error)
+    if not any(rounds.values()):
+        raise InputError(f"no deployment finished: {'; '.join(f'{k}: {v}' for k, v in errors.items())}")
+    comparison = {
+        "rounds": rounds,
+        "ratios": ratios(rounds),
+        "errors": errors,
+        "workload": dataclasses.asdict(plan.workload),
+        "flags": list(plan.flags),
+        "provenance": provenance(seeds=[plan.workload.seed + number for number in range(plan.rounds)]),
+    }
+    page = comparison_page(comparison)
+    write_json(out / "compare.json", comparison)
+    write_text(out / "compare.md", page.markdown())
+    write_text(out / "compare.html", page.html())
+    return comparison
+
+
+def turn(plan: Plan, deployment: Deployment, number: int, folder: Path) -> dict[str, Any]:
+    """Starts `deployment`, loads it, stops it; the numbers of this turn."""
+    with running(deployment, plan.flags, folder.with_name(f"{folder.name}-logs")) as server:
+        workload = turn_workload(plan.workload, deployment, server, number)
+        return numbers(run(workload, folder)) | {"start_seconds": server.start_seconds}
+
+
+def turn_workload(workload: Workload, deployment: Deployment, server: Running, number: int) -> Workload:
+    """The comparison's workload for one server; the seed changes with the round, not with the deployment."""
+    missing = [adapter for adapter in workload.adapters if adapter not in server.routes]
+    if missing:
+        raise InputError(f"deployment {deployment.name} does not serve {', '.join(missing)}")
+    return dataclasses.replace(
+        workload,
+        url=next(iter(server.routes.values()))[0],
+        routes={adapter: server.routes[adapter] for adapter in workload.adapters},
+        rank_classes=deployment.rank_classes,
+        slots=deployment.slots,
+        server_pids=server.pids,
+        seed=workload.seed + number,
+    )
+
+
+def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a comparison keeps of one run's result."""
+    series = result["server"]["series"]
+    kept = {name: result[name] for name in FIELDS}
+    kept |= {name: series[name]["max"] if name in series else None for name in USAGE}
+    kept["saturated"] = result["generator"]["saturated"]
+    kept["wrong_adapter"] = result["canary"]["wrong"] if result["canary"] else None
+    return kept
+
+
+def ratios(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The effects whose two deployments ran; without any, each deployment against the first."""
+    names = [name for name in rounds if rounds[name]]
+    pairs = [effect for effect in EFFECTS if effect[1] in names and effect[2] in names]
+    pairs = pairs or [(f"{name} against {names[0]}", name, names[0]) for name in names[1:]]
+    return [
+        {
+            "effect": effect,
+            "of": of,
+            "to": to,
+            "ratios": {name: ratio(rounds[of], rounds[to], name) for name in (*FIELDS[:7], *USAGE)},
+        }
+        for effect, of, to in pairs
+    ]
+
+
+def ratio(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], name: str
+) -> dict[str, float] | None:
+    """The geometric mean over rounds of ours / theirs, with its 95% confidence interval (Student's t on the
+    logarithms, so `low` and `high` only from two rounds on); None where a number is missing."""
+    pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=False)]
+    logs = [math.log(a / b) for a, b in pairs if a and b]
+    if not logs:
+        return None
+    mean = sum(logs) / len(logs)
+    found = {"ratio": math.exp(mean), "rounds": len(logs)}
+    if len(logs) > 1:
+        error = math.sqrt(sum((log - mean) ** 2 for log in logs) / (len(logs) - 1) / len(logs))
+        half = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1))
+        found |= {"low": math.exp(mean - half), "high": math.exp(mean + half)}
+    return found
