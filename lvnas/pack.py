@@ -10,9 +10,8 @@ Everything but provenance.json is the same, byte for byte, for the same input on
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,15 @@ from lvnas import __version__, files
 from lvnas.adapter_config import CONFIG_NAME
 from lvnas.adapters import METADATA_FORMAT, METADATA_NAME, WEIGHTS_NAME, Adapter
 from lvnas.cards import CARD_NAME, model_card
-from lvnas.errors import InputError, unknown
-from lvnas.layouts import LAYOUTS, Layout
-from lvnas.lora_modules import Factored
+from lvnas.errors import InputError
 from lvnas.packfolder import MANIFEST_FORMAT, PackFolder
+from lvnas.prepare import PackOptions, Prepared, prepare
 from lvnas.serving import groups, serve_settings, serving_files
-from lvnas.tensorfile import write_tensors
-from lvnas.values import DTYPE_NAMES, dtype_name
+from lvnas.tensorfile import Planned, write_tensors
+from lvnas.values import dtype_name
 
+SAVED_NAME = "modules_to_save.safetensors"
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackOptions:
-    """What is done to the adapters on their way into a pack."""
-
-    layout: str = "pad"
-    dtype: str | None = None
-    """float32, float16 or bfloat16; None keeps the adapter's own."""
-    slots: int | None = None
-    """max_loras of the serve command; None: 8, or fewer if there are fewer adapters."""
-
-    def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise unknown("layout", self.layout, LAYOUTS)
-        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
-            raise unknown("dtype", self.dtype, DTYPE_NAMES)
-        if self.slots is not None and self.slots < 1:
-            raise InputError(f"slots {self.slots} must be at least 1")
 
 
 def pack(
@@ -111,66 +91,96 @@ def _pack_one(
     adapter: Adapter, folder: PackFolder, options: PackOptions, base: str, progress: Progress
 ) -> dict[str, Any]:
     """Writes one adapter's folder, or finds it already written, and returns its manifest entry."""
-    settings = {key: value for key, value in asdict(options).items() if key not in ("slots",)}
     with ThreadPoolExecutor(1) as pool:  # hashing releases the GIL: it runs beside the reading and writing
-        source = pool.submit(_source_hashes, adapter)
+        source = pool.submit(_source_hashes, adapter, options)
         done = folder.finished(adapter.name)
-        if done and (entry := done.get(_recipe(adapter, source.result(), settings, base))):
+        if done and (entry := done.get(_recipe(adapter, source.result(), options, base))):
             progress(entry["bytes"])
             return entry
-        modules: Mapping[str, Factored] = adapter.modules
-        layout = Layout(
-            options.layout != "ragged", modules, DTYPE_NAMES.get(options.dtype or "", adapter.dtype)
-        )
+        prepared = prepare(adapter, options, base)
         with folder.draft() as draft:
-            tensors = layout.tensors()
-
-            def counted() -> Any:
-                for chunk in layout.data():
-                    yield chunk
-                    progress(len(chunk))
-
-            digest = write_tensors(draft / WEIGHTS_NAME, tensors, counted())
-            config = layout.config(
-                base_model_name_or_path=base,
-                task_type=adapter.config.task_type,
-                fan_in_fan_out=adapter.config.fan_in_fan_out,
+            digest = write_tensors(
+                draft / WEIGHTS_NAME, prepared.layout.tensors(), _counted(prepared, progress)
             )
-            files.write_json(draft / CONFIG_NAME, config)
-            entry = {
-                "name": adapter.name,
-                "path": None,
+            if adapter.saved:
+                _write_saved(adapter, draft / SAVED_NAME)
+            entry = _entry(adapter, prepared, options) | {
                 "sha256": digest,
-                "max_rank": layout.max_rank,
                 "bytes": (draft / WEIGHTS_NAME).stat().st_size,
-                "parameters": sum(m.rank * (m.in_features + m.out_features) for m in modules.values()),
-                "ranks": {name: module.rank for name, module in modules.items()},
-                "scaling": layout.scaling(),
-                "dtype": dtype_name(layout.dtype),
-                "task": adapter.metadata.get("task"),
-                "vision_features": adapter.metadata.get("vision_features"),
-                "pre_image_rows": adapter.metadata.get("pre_image_rows"),
-                "provenance": {"lvnas": __version__, "options": settings, "source": source.result()},
+                "provenance": {"lvnas": __version__, "options": options.recipe(), "source": source.result()},
             }
-            files.write_text(draft / CARD_NAME, model_card(entry, base))
-            files.write_json(draft / METADATA_NAME, {
-                "format": METADATA_FORMAT,
-                "base": base,
-                "recipe": _recipe(adapter, source.result(), settings, base),
-                "entry": entry,
-                **{key: entry[key] for key in ("task", "vision_features", "pre_image_rows", "provenance")},
-            })  # fmt: skip
+            _write_descriptions(
+                draft, adapter, prepared, entry, _recipe(adapter, source.result(), options, base), base
+            )
             return folder.keep(draft, entry)
 
 
-def _source_hashes(adapter: Adapter) -> dict[str, str]:
-    found = [*adapter.files, adapter.folder / METADATA_NAME]
-    return {path.name: files.sha256(path) for path in found if path.exists()}
+def _counted(prepared: Prepared, progress: Progress) -> Iterator[memoryview]:
+    for chunk in prepared.layout.data():
+        yield chunk
+        progress(chunk.nbytes)
 
 
-def _recipe(adapter: Adapter, source: dict[str, str], settings: dict[str, Any], base: str) -> str:
+def _entry(adapter: Adapter, prepared: Prepared, options: PackOptions) -> dict[str, Any]:
+    """The manifest entry, but for what is known only when the weights are written."""
+    layout = prepared.layout
+    entry = {
+        "name": adapter.name,
+        "path": None,
+        "sha256": None,
+        "max_rank": layout.max_rank,
+        "bytes": None,
+        "parameters": sum(m.rank * (m.in_features + m.out_features) for m in layout.modules.values()),
+        "ranks": {name: module.rank for name, module in layout.modules.items()},
+        "scaling": layout.scaling(),
+        "dtype": dtype_name(layout.dtype),
+        "task": adapter.metadata.get("task"),
+        "vision_features": adapter.metadata.get("vision_features"),
+        "pre_image_rows": adapter.metadata.get("pre_image_rows"),
+    }
+    if prepared.errors:
+        entry["truncation_errors"] = dict(prepared.errors)
+    return entry
+
+
+def _write_saved(adapter: Adapter, path: Path) -> None:
+    """The adapter's `modules_to_save`, as they are."""
+    planned = [Planned(tensor.name, tensor.dtype, tensor.shape) for tensor in adapter.saved.values()]
+    write_tensors(path, planned, (tensor.read() for tensor in adapter.saved.values()))
+
+
+def _write_descriptions(
+    draft: Path, adapter: Adapter, prepared: Prepared, entry: dict[str, Any], recipe: str, base: str
+) -> None:
+    """adapter_config.json, lvnas.json and the model card."""
+    config = prepared.layout.config(
+        base_model_name_or_path=base,
+        task_type=adapter.config.task_type,
+        fan_in_fan_out=adapter.config.fan_in_fan_out,
+    )
+    files.write_json(draft / CONFIG_NAME, config)
+    kept = {key: entry[key] for key in ("task", "vision_features", "pre_image_rows", "provenance")}
+    metadata = {"format": METADATA_FORMAT, "base": base, **kept, "recipe": recipe, "entry": entry}
+    files.write_json(draft / METADATA_NAME, metadata)
+    files.write_text(draft / CARD_NAME, model_card(entry, base))
+
+
+def _source_hashes(adapter: Adapter, options: PackOptions) -> dict[str, str]:
+    found = {path.name: path for path in [*adapter.files, adapter.folder / METADATA_NAME]}
+    if options.initial_adapter is not None and adapter.config.changed_base:
+        found["initial/" + WEIGHTS_NAME] = options.initial_adapter / WEIGHTS_NAME
+    return {name: files.sha256(path) for name, path in found.items() if path.exists()}
+
+
+def _recipe(adapter: Adapter, source: dict[str, str], options: PackOptions, base: str) -> str:
     """What decides an adapter folder's bytes, as one hash."""
-    recipe = {"lvnas": __version__, "name": adapter.name, "base": base, "source": source, "options": settings}
+    recipe = {
+        "lvnas": __version__,
+        "name": adapter.name,
+        "base": base,
+        "source": source,
+        "options": options.recipe(),
+    }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 

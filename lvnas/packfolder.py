@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvnas import files
-from lvnas.adapters import METADATA_NAME
+from lvnas.adapters import METADATA_NAME, WEIGHTS_NAME
 from lvnas.errors import InputError
 from lvnas.tensorfile import BrokenFile, check_regular_file, read_json_object, shorten
 
@@ -25,8 +25,16 @@ MANIFEST_FORMAT = "lvnas-pack/1"
 PROVENANCE_NAME = "provenance.json"
 _MANIFEST_TYPES: dict[str, type] = {"layout": str, "base": str, "serve": dict}
 _ENTRY_TYPES: dict[str, type] = {
-    "name": str, "path": str, "sha256": str, "dtype": str, "scaling": dict, "ranks": dict, "files": dict,
-    "max_rank": int, "bytes": int, "parameters": int,
+    "name": str,
+    "path": str,
+    "sha256": str,
+    "dtype": str,
+    "scaling": dict,
+    "ranks": dict,
+    "files": dict,
+    "max_rank": int,
+    "bytes": int,
+    "parameters": int,
 }
 _ENTRY_PATH = re.compile(r"adapters/[A-Za-z0-9][A-Za-z0-9._-]{0,95}-[0-9a-f]{12}")
 _SERVING_PATH = re.compile(r"serving/[0-9a-f]{12}")
@@ -204,9 +212,7 @@ class PackFolder:
 
 def hash_files_but(folder: Path, weights: str) -> dict[str, str]:
     """As `hash_files`, for a folder whose weights' hash `weights` is known from writing them."""
-    return {
-        p.name: weights if p.suffix == ".safetensors" else files.sha256(p) for p in sorted(folder.iterdir())
-    }
+    return {p.name: weights if p.name == WEIGHTS_NAME else files.sha256(p) for p in sorted(folder.iterdir())}
 
 
 def _complete(entry: dict[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:

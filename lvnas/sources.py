@@ -52,8 +52,8 @@ def _resolve(source: str) -> list[Adapter]:
     )
 
 
-def download(hub_id: str) -> Path:
-    """The snapshot folder of `org/name` or `org/name@revision` in the Hub's cache, fetched if need be.
+def download(hub_id: str, wanted: list[str] = _WANTED) -> Path:
+    """The folder in the Hub's cache of `org/name[@revision]`, its files that match `wanted` fetched if need be.
 
     Raises:
         InputError: the Hub does not have it, refuses it, or cannot be reached.
@@ -63,7 +63,7 @@ def download(hub_id: str) -> Path:
 
     name, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"no folder {hub_id!r} here, and the Hub did not give it: {reason}") from None
