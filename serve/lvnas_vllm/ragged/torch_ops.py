@@ -29,9 +29,12 @@ class SiteWeights:
     """O of each slice."""
     bounds: np.ndarray = field(init=False)
     """int64 [S + 1]: the columns of y where each slice starts."""
+    device_bounds: torch.Tensor = field(init=False)
+    """The same as int32 on the table's device, for the Triton kernels."""
 
     def __post_init__(self) -> None:
         self.bounds = np.array([0, *itertools.accumulate(self.outputs)], dtype=np.int64)
+        self.device_bounds = torch.tensor(self.bounds, dtype=torch.int32, device=self.table.device)
 
     def matrices(self, slot: int) -> tuple[torch.Tensor | None, list[tuple[int, int, torch.Tensor]]]:
         """The fused A [sum of R, D] of `slot`, and per slice of rank > 0 (first column, O, B^T [R, O])."""
