@@ -19,4 +19,6 @@ def register() -> None:
     vllm_internals.fix_encoder_order()
     vllm_internals.fix_cpu_lora()
     vllm_internals.reject_stray_images()
+    vllm_internals.group_image_ids()
+    vllm_internals.count_image_tokens()
     ragged.enable()
