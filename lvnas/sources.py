@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lvnas.adapter_config import CONFIG_NAME
-from lvnas.adapters import Adapter, read_adapter
+from lvnas.adapters import Adapter, check_base, read_adapter
 from lvnas.errors import InputError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
@@ -67,3 +67,23 @@ def download(hub_id: str, wanted: list[str] = _WANTED) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"no folder {hub_id!r} here, and the Hub did not give it: {reason}") from None
+
+
+def check_against_base(adapters: list[Adapter], base: str) -> list[str]:
+    """Compares every module's name and size with those of `base`, if its configuration is on this machine.
+
+    Returns:
+        A note if it is not.
+
+    Raises:
+        BrokenFile: a module that the base does not have, or of another size.
+    """
+    from lvnas.bases import BASES
+    from lvnas.bases.shapes import linear_shapes
+
+    if base not in BASES and not Path(base).is_dir():
+        return [f"base {base} is not on this machine: modules and sizes are not compared with it"]
+    shapes = linear_shapes(base)
+    for adapter in adapters:
+        check_base(adapter, shapes, base)
+    return []
