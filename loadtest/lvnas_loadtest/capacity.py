@@ -1,6 +1,7 @@
 """The most that a deployment carries: the highest rate within its SLOs, and the number of adapters that fit."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,23 @@ from lvnas_loadtest.workload import Workload
 
 GROWTH = 2.0
 """Factor between two tries before the first one that fails."""
+SMALLEST = 40.0
+"""A search gives up below the first value divided by this."""
 
 
 def search(first: float, tolerance: float, works: Callable[[float], bool], highest: float) -> float:
     """The largest value that works, to a relative `tolerance`: grows from `first` until one fails (or `highest`
-    works), then halves the interval. 0 where not even a fortieth of `first` works.
+    works), then halves the interval. 0 where nothing works down to `first` / SMALLEST.
     """
-    low, high, value = 0.0, float("inf"), min(first, highest)
-    while high - low > tolerance * high and value >= first / 40:
+    low, high, value = 0.0, math.inf, min(first, highest)
+    while value >= first / SMALLEST:
         if works(value):
             low = value
-            if low >= highest:
-                break
         else:
             high = value
-        value = min(low * GROWTH, highest) if high == float("inf") else (low + high) / 2
+        if low >= highest or high - low <= tolerance * min(high, highest):
+            break
+        value = (low + high) / 2 if high < math.inf else min(low * GROWTH, highest)
     return low
 
 

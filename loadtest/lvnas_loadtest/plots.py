@@ -38,7 +38,7 @@ def latency_plot(result: Mapping[str, Any], metric: str, title: str) -> str:
             for value, marker in zip(values, "o|D", strict=True):
                 axes.plot(value, height, marker=marker, color="C0", markersize=6, linestyle="")
         axes.set_yticks(range(len(rows)), list(rows))
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{title}, ms (circle p50, bar p90, diamond p99)")
 

@@ -21,6 +21,7 @@ class Server:
         self.turns = {name: itertools.count() for name in script}
         self.loaded = {name for name, model in script.items() if not model.get("unloaded")}
         self.running = 0
+        self.one_at_a_time = asyncio.Lock()
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -80,6 +81,10 @@ class Server:
         )
         self.event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         writer.write(self.chunk(b": ping\n\n"))
+        if model.get("serial"):
+            async with self.one_at_a_time:
+                await asyncio.sleep(ttft)
+            ttft = 0.0
         due, sent = received + ttft, []
         for token in range(count):
             await asyncio.sleep(max(0.0, due - time.monotonic()))

@@ -29,7 +29,8 @@ def test_numbers_equal_vllm_bench_serve():
     made = records()
     slo = {"ttft": 300.0, "tpot": 30.0, "e2el": 700.0}
     outputs = [
-        RequestFuncOutput(success=r.error is None, latency=r.latency, output_tokens=r.output_tokens, ttft=r.ttft or 0,
+        RequestFuncOutput(success=r.error is None, latency=r.latency, output_tokens=r.output_tokens,
+        ttft=r.ttft or 0,
                           itl=r.itl, prompt_len=r.prompt_tokens, start_time=r.start)
         for r in made
     ]  # fmt: skip

@@ -19,7 +19,8 @@ MIB = 2**20
 
 
 def test_a_wrong_adapter_is_caught(serve, tmp_path):
-    """`b` answers with `a`'s words after a while: status 200, usual speed. `c` changes to words of its own."""
+    """`b` answers with `a`'s words after a while: status 200, usual speed. `c` changes to words of its
+    own."""
     quick = {"ttft": [0.01], "gap": [0.001], "parent": "base"}
     script = {
         "a": quick | {"answer": "one two three"},
