@@ -174,6 +174,7 @@ RAGGED_NAMES = {
     "vllm.lora.utils:parse_fine_tuned_lora_name": ("name", "weights_mapper"),
     "vllm.v1.engine.core:EngineCore.add_request": ("request", "request_wave"),
     "vllm.v1.engine.core:EngineCore.remove_lora": ("lora_id",),
+    "vllm.v1.engine.core_client:InprocClient.add_lora": ("lora_request",),
     "vllm.v1.engine.core:EngineCoreProc._send_error_outputs_to_client": ("req_ids", "client_index"),
 }
 
@@ -233,34 +234,52 @@ def install_ragged() -> None:
 
 
 def _load_adapters_before_queueing() -> None:
-    """Loads a request's adapter when it is queued, so that a refusal answers it and never ends a step."""
+    """Loads a request's adapter before it is queued, so that a refusal answers it and never ends a step.
+
+    A server's engine process answers with an error; `LLM.generate` raises, with nothing added yet.
+    """
+    import inspect
+
     from vllm.logger import init_logger
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.llm_engine import LLMEngine
 
     logger = init_logger("vllm.lvnas.ragged")
-    add_request, remove_lora = EngineCore.add_request, EngineCore.remove_lora
+    core_add, core_remove, llm_add = EngineCore.add_request, EngineCore.remove_lora, LLMEngine.add_request
+    parameters = inspect.signature(llm_add)
 
-    def _add_request(self, request, request_wave=0):  # type: ignore[no-untyped-def]
-        lora = request.lora_request
-        known = self.__dict__.setdefault("_lvnas_known_adapters", set())
-        if lora is not None and (lora.lora_int_id, lora.lora_path) not in known:
+    def known_adapters(core) -> set[tuple[int, str]]:  # type: ignore[no-untyped-def]
+        return core.__dict__.setdefault("_lvnas_known_adapters", set())
+
+    def _core_add(self, request, request_wave=0):  # type: ignore[no-untyped-def]
+        lora, known = request.lora_request, known_adapters(self)
+        answers = hasattr(self, "_send_error_outputs_to_client")
+        if answers and lora is not None and (lora.lora_int_id, lora.lora_path) not in known:
             try:
                 self.model_executor.add_lora(lora)
             except Exception as error:
-                if not hasattr(self, "_send_error_outputs_to_client"):
-                    raise
                 logger.error("Request %s: %s", request.request_id, error)
                 self._send_error_outputs_to_client([request.request_id], request.client_index)
                 return
             known.add((lora.lora_int_id, lora.lora_path))
-        add_request(self, request, request_wave)
+        core_add(self, request, request_wave)
 
-    def _remove_lora(self, lora_id):  # type: ignore[no-untyped-def]
-        known = self.__dict__.setdefault("_lvnas_known_adapters", set())
+    def _core_remove(self, lora_id):  # type: ignore[no-untyped-def]
+        known = known_adapters(self)
         known.difference_update([key for key in known if key[0] == lora_id])
-        return remove_lora(self, lora_id)
+        return core_remove(self, lora_id)
 
-    EngineCore.add_request, EngineCore.remove_lora = _add_request, _remove_lora
+    def _llm_add(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        lora = parameters.bind(self, *args, **kwargs).arguments.get("lora_request")
+        core = getattr(self.engine_core, "engine_core", None)
+        if core is not None and lora is not None:
+            if (lora.lora_int_id, lora.lora_path) not in known_adapters(core):
+                core.add_lora(lora)
+            known_adapters(core).add((lora.lora_int_id, lora.lora_path))
+        return llm_add(self, *args, **kwargs)
+
+    EngineCore.add_request, EngineCore.remove_lora = _core_add, _core_remove
+    LLMEngine.add_request = _llm_add
 
 
 def refuse_unserved_lora_options(lora_config) -> None:  # type: ignore[no-untyped-def]
