@@ -1,6 +1,6 @@
 """The embedded base `tiny`: a real Mllama of 2.5 million parameters, trained on first use to read digits.
 
-It learns what the embedded tasks build on (reading grids of handwritten digits, small sums in text) but none of
+It learns what the embedded tasks build on (reading grids of handwritten digits, counting in text) but none of
 their questions, picture styles or answers.
 """
 
@@ -29,14 +29,14 @@ GRIDS = ((1, 1), (1, 2), (1, 3), (2, 2), (2, 2), (2, 3), (3, 3), (1, 6))
 class Pretraining:
     """How `tiny` is trained; its hash names the cached folder."""
 
-    version: int = 1
+    version: int = 2
     """Changes when the model, the processor or the mixture changes."""
     seed: int = 0
     steps: int = 700
     batch_size: int = 32
     learning_rate: float = 2e-3
-    text_only_every: int = 8
-    """One batch in so many is text-only arithmetic."""
+    text_only: int = 4
+    """Examples of each batch that have no image."""
 
 
 def tiny_folder(cache: Path, recipe: Pretraining | None = None) -> Path:
@@ -105,16 +105,21 @@ def _train(recipe: Pretraining, folder: Path) -> None:
     model.train()
     losses = []
     progress = track(range(recipe.steps), "training the base `tiny` (once; kept for later runs)")
-    for step in progress:
-        text_only = step % recipe.text_only_every == 0
-        draw = _draw_text if text_only else _draw_picture
-        loss = model(**collate([draw(random) for _ in range(recipe.batch_size)])).loss
+    for _ in progress:
         optimizer.zero_grad()
-        loss.backward()
+        loss = 0.0
+        # The processor takes no batch that mixes examples with and without images.
+        for draw, count in (
+            (_draw_picture, recipe.batch_size - recipe.text_only),
+            (_draw_text, recipe.text_only),
+        ):
+            part = model(**collate([draw(random) for _ in range(count)])).loss * (count / recipe.batch_size)
+            part.backward()
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
+        losses.append(loss)
         progress.note(f"loss {np.mean(losses[-20:]):.3f}")
     model.eval()
     with files.atomic_folder(folder) as draft:
@@ -147,8 +152,8 @@ def _draw_picture(random: np.random.Generator) -> Example:
 
 
 def _draw_text(random: np.random.Generator) -> Example:
-    first, second = random.integers(10, size=2)
-    return Example((), f"What is {first} + {second}?", str(first + second), "pretraining")
+    digit = random.integers(9)
+    return Example((), f"What comes after {digits.WORDS[digit]}?", str(digit + 1), "pretraining")
 
 
 def _corpus() -> list[str]:

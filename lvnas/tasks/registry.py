@@ -42,7 +42,7 @@ def load_task(name: str, sizes: dict[str, int] | None = None) -> Task:
     if name in CAULDRON:
         from lvnas.tasks.cauldron import cauldron_task
 
-        return cauldron_task(name, sizes)
+        return cauldron_task(name, CAULDRON[name], sizes)
     if Path(name).suffix in (".jsonl", ".parquet"):
         from lvnas.tasks.local import local_task
 

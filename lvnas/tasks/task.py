@@ -52,3 +52,8 @@ def split_by_image(
         for text in row["texts"]:
             splits[name].append(Example(images, text["user"], text["assistant"], text.get("source", "")))
     return splits
+
+
+def limited(splits: dict[str, list[Example]], sizes: dict[str, int] | None) -> dict[str, list[Example]]:
+    """The first `sizes[split]` examples of every split; all of a split that `sizes` does not name."""
+    return {name: examples[: (sizes or {}).get(name)] for name, examples in splits.items()}

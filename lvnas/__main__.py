@@ -1,0 +1,5 @@
+"""`python -m lvnas`."""
+
+from lvnas.cli import main
+
+main()
