@@ -32,7 +32,7 @@ class Pretraining:
     version: int = 2
     """Changes when the model, the processor or the mixture changes."""
     seed: int = 0
-    steps: int = 700
+    steps: int = 600
     batch_size: int = 32
     learning_rate: float = 2e-3
     text_only: int = 4
