@@ -1,0 +1,143 @@
+"""Ragged LoRA end to end in float32: the ids of stock vLLM and of PEFT, capacity, refusals, roll-back."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from lvnas_vllm.ragged.arena import aligned
+from ragged_models import VOCABULARY, Peft, adapter, llama, run_job
+
+ENGINE = {"enable_lora": True, "max_lora_rank": 16, "max_model_len": 192, "max_num_seqs": 8, "max_loras": 3}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return llama(tmp_path_factory.mktemp("ragged") / "llama")
+
+
+@pytest.fixture(scope="module")
+def adapters(base) -> dict[str, Path]:
+    made = {f"a{i}": adapter(base, base.parent / f"a{i}", i) for i in range(5)}
+    made["head"] = adapter(base, base.parent / "head", 9, share=0.3, also=("lm_head",))
+    return made
+
+
+def requests(seed, names, count):
+    draw = random.Random(seed)
+    return [
+        [[draw.randrange(VOCABULARY - 8) for _ in range(draw.choice((1, 2, 5, 40, 90)))], draw.choice(names)]
+        for _ in range(count)
+    ]
+
+
+def test_ids_equal_stock_and_peft_with_eviction_reuse_and_mixed_batches(tmp_path, base, adapters):
+    names = [None, *adapters]
+    batches = [requests(seed, names, 20) for seed in range(3)]
+    steps = [["generate", batch, 8] for batch in batches]
+    engine = {"model": str(base), "max_cpu_loras": 4, **ENGINE}
+    ragged, log = run_job(tmp_path / "1", True, [*steps, ["state"]], adapters, **engine)
+    stock, _ = run_job(tmp_path / "0", False, steps, adapters, **engine)
+    oracle = Peft(base, adapters)
+    for batch, ours, theirs in zip(batches, ragged, stock, strict=False):
+        for (prompt, name), (ids, logprobs), (stock_ids, stock_logprobs) in zip(
+            batch, ours, theirs, strict=True
+        ):
+            assert ids == stock_ids == oracle.greedy(prompt, name, ids), name
+            assert max(abs(a - b) for a, b in zip(logprobs, stock_logprobs, strict=True)) < 5e-4
+    state = ragged[-1]
+    assert state["stock"] == [] and state["covered"] == 13 and len(state["active"]) <= 3
+    assert "operators: native" in log or "operators: pure torch" in log
+    assert "no adapter memory is set aside" in log
+
+
+def own_elements(folder):
+    """The adapter's own elements, from its file; alignment may add less than 2%."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+
+
+def manifest(folder, adapters):
+    """A pack's manifest as `lvnas pack` writes it, the parts that the capacity reads."""
+    from safetensors import safe_open
+
+    entries = []
+    for name, path in adapters.items():
+        with safe_open(path / "adapter_model.safetensors", "pt") as file:
+            ranks = {
+                key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): file.get_slice(
+                    key
+                ).get_shape()[0]
+                for key in file.keys()  # noqa: SIM118
+                if key.endswith("lora_A.weight")
+            }
+        entries.append({"name": name, "ranks": ranks})
+    (folder / "manifest.json").write_text(json.dumps({"format": "lvnas-pack/1", "adapters": entries}))
+    return folder
+
+
+def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapters):
+    small = {name: adapters[name] for name in ("a0", "a1")}
+    big = adapter(base, tmp_path / "big", 50, ranks=(16,), share=1)
+    embedding = adapter(base, tmp_path / "embedding", 51, share=0.2, also=("model.embed_tokens",))
+    everything = {**small, "big": big, "embedding": embedding}
+    ask = requests(5, [None, "a0"], 4)
+    steps = [
+        ["state"],
+        ["load_and_fail", "a0"],
+        ["state"],
+        ["load", "a0"],
+        ["load", "a1"],
+        ["load", "big"],
+        ["generate", ask, 6],
+        ["generate", [[[1, 2, 3], "big"]], 4],
+        ["generate", ask, 6],
+        ["load", "embedding"],
+        ["unload", "a1"],
+        ["state"],
+        ["unload", "a0"],
+        ["state"],
+    ]
+    environment = {"LVNAS_PACK": str(manifest(tmp_path, small))}
+    engine = {"model": str(base), **ENGINE, "max_loras": 2}
+    results, log = run_job(tmp_path / "job", True, steps, everything, environment, **engine)
+    at_start, broken, after_break, a0, a1, refused, good, in_request, still_good, vocabulary, *rest = results
+    own = sum(own_elements(path) for path in small.values())
+    assert own <= at_start["capacity"] <= 1.02 * own + 64
+    assert (
+        "the transfer broke" in broken["error"] and after_break["active"] == [] and after_break["table"] == 0
+    )
+    assert a0 is True and a1 is True
+    needed = re.search(
+        r"needs (\d+) bytes at its own ranks, (\d+) are free of a capacity of (\d+)", refused["error"]
+    )
+    assert int(needed[1]) >= 4 * own_elements(big) and int(needed[3]) == 4 * at_start["capacity"]
+    assert 0 <= int(needed[2]) < int(needed[1])
+    assert "adapter refused" in in_request["error"], (
+        "a request for it is refused when it comes, not in a step"
+    )
+    assert good == still_good
+    oracle = Peft(base, small)
+    for (prompt, name), (ids, _) in zip(ask, good, strict=True):
+        assert ids == oracle.greedy(prompt, name, ids)
+    assert "input embedding" in vocabulary["error"]
+    _, without_a1, _, empty = rest
+    assert without_a1["admitted"] == ["a0"] and without_a1["used"] > 0
+    assert empty["used"] == empty["table"] == 0 and empty["admitted"] == empty["active"] == []
+    line = re.search(
+        r"adapters take ([\d.]+) MiB; padded slots would take ([\d.]+) MiB .*: (-?\d+) KV-cache", log
+    )
+    assert float(line[2]) > float(line[1]) and int(line[3]) > 0
+
+
+def test_adapter_memory_that_cannot_hold_the_pack_is_refused_at_start(tmp_path, base, adapters):
+    environment = {"LVNAS_PACK": str(manifest(tmp_path, adapters)), "LVNAS_ADAPTER_MEMORY": "1000"}
+    with pytest.raises(AssertionError, match=r"is 1000 bytes, but the 3 largest adapters of .* need \d+"):
+        run_job(tmp_path / "job", True, [], {}, environment, model=str(base), **ENGINE)
+
+
+def test_alignment_is_the_only_overhead():
+    assert aligned(33) - 33 < 32
