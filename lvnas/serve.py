@@ -29,6 +29,8 @@ PIXELS = 4096 * 4096
 """Largest image, in pixels, unless $VLLM_MAX_IMAGE_PIXELS says otherwise."""
 NO_DOMAIN = "media-urls-are-off.invalid"
 """A name that cannot exist (RFC 2606): vLLM takes an empty list of media domains as all."""
+PART_TYPES = ("text", "image", "audio", "video", "input", "file", "refusal", "tool", "thinking")
+"""vLLM answers a base request that has such a part with the adapter of that name, if there is one."""
 SEMANTICS = {"vision_features": "reference", "pre_image_rows": "transformers"}
 
 
@@ -84,6 +86,7 @@ def plan(sources: Sequence[str], options: ServeOptions) -> Launch:
         raise InputError(
             f"no base named; give one with --base ({', '.join(bases.BASES)}, a Hub id, a folder)"
         )
+    _check_names(adapters, name)
     _check_shapes(adapters, name)
     semantics, notes = _semantics(adapters)
     flags = [
@@ -160,6 +163,16 @@ def _settings(adapters: Sequence[Adapter]) -> Mapping[str, int]:
     return serve_settings(entries, None) if entries else {}
 
 
+def _check_names(adapters: Sequence[Adapter], base: str) -> None:
+    """Refuses names under which vLLM would answer the base's requests with an adapter."""
+    for adapter in adapters:
+        if adapter.name in (*PART_TYPES, base):
+            raise InputError(
+                f"adapter name {adapter.name!r} would take over the base's own requests; not allowed: "
+                f"{', '.join(PART_TYPES)} and the base's name; rename it with NAME=FOLDER"
+            )
+
+
 def _check_shapes(adapters: Sequence[Adapter], base: str) -> None:
     """Refuses adapters whose modules are not the base's."""
     if not adapters:
@@ -181,7 +194,7 @@ def _semantics(adapters: Sequence[Adapter]) -> tuple[dict[str, str], list[str]]:
     """The switches that the adapters were trained with, where all agree; else the defaults and warnings."""
     chosen, notes = dict(SEMANTICS), []
     for switch, default in SEMANTICS.items():
-        said = {adapter.name: adapter.metadata.get(switch, default) for adapter in adapters}
+        said = {adapter.name: adapter.metadata.get(switch) or default for adapter in adapters}
         if len(set(said.values())) == 1:
             chosen[switch] = next(iter(said.values()))
         for name, value in said.items():

@@ -21,7 +21,13 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from lvnas_vllm.mllama_config import image_tokens, padded_patches, patches_per_tile
-from lvnas_vllm.mllama_processor import MllamaDummyInputs, MllamaMultiModalProcessor, MllamaProcessingInfo
+from lvnas_vllm.mllama_processor import (
+    COUNTS,
+    FIELDS,
+    MllamaDummyInputs,
+    MllamaMultiModalProcessor,
+    MllamaProcessingInfo,
+)
 from lvnas_vllm.mllama_text import CrossPlan, MllamaTextModel
 from lvnas_vllm.mllama_visibility import kept_tokens, segments
 from lvnas_vllm.mllama_vision import MllamaVisionModel
@@ -130,15 +136,13 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA
         Each tensor carries `tiles`, the number of real tiles of each of its images, as an attribute, so that
         the two stay together in whatever order a runner hands the tensors to `forward`.
         """
-        pixels, ratios, masks = (
-            list(kwargs[name]) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-        )
-        counts = [len(item) for item in ratios]
+        pixels, ratios, masks, tokens = (list(kwargs[name]) for name in (*FIELDS, COUNTS))
+        images = [len(item) for item in ratios]
         features = self.model.vision_model(torch.cat(pixels), torch.cat(ratios), torch.cat(masks))
         projected, _ = self.model.multi_modal_projector(features.flatten(0, 2))
-        items = list(projected.split([count * self.image_tokens for count in counts]))
-        for item, mask in zip(items, masks, strict=True):
-            item.tiles = mask.sum(-1).tolist()
+        items = list(projected.split([count * self.image_tokens for count in images]))
+        for item, counts in zip(items, tokens, strict=True):
+            item.tiles = [count // self.tile_tokens for count in counts.tolist()]
         return items
 
     def embed_input_ids(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

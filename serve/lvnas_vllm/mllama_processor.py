@@ -19,6 +19,8 @@ from lvnas_vllm.mllama_config import image_tokens, patches_per_tile
 from lvnas_vllm.mllama_visibility import kept_tokens
 
 FIELDS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+COUNTS = "image_tokens"
+"""A field of our own beside transformers': the tokens of each image's real tiles."""
 
 
 class ImageGroup(ProcessorBatchItems[list[Any]]):
@@ -96,7 +98,18 @@ class MllamaMultiModalProcessor(EncDecMultiModalProcessor[MllamaProcessingInfo])
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        return {name: MultiModalFieldConfig.batched("image") for name in FIELDS}
+        fields = {name: MultiModalFieldConfig.batched("image") for name in FIELDS}
+        return fields | {COUNTS: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _postprocess_hf_mm_data(
+        self,
+        mm_inputs: Mapping[str, object],
+        hf_processor_mm_kwargs: Mapping[str, object],
+        processed_data: BatchFeature,
+    ) -> BatchFeature:
+        tile_tokens = patches_per_tile(self.info.get_hf_config())
+        processed_data[COUNTS] = processed_data["aspect_ratio_mask"].sum(-1) * tile_tokens
+        return processed_data
 
     def _get_prompt_updates(
         self,
@@ -106,14 +119,13 @@ class MllamaMultiModalProcessor(EncDecMultiModalProcessor[MllamaProcessingInfo])
     ) -> list[PromptReplacement]:
         """The encoder's prompt: the number of each image, once for each token of its real tiles.
 
-        `apply` reads the tile counts from it: it is cached with the item, while the tensors may already be
-        with the engine.
+        `apply` reads the counts from it: it is cached with the item, while the tensors may already be with
+        the engine.
         """
-        tile_tokens = patches_per_tile(self.info.get_hf_config())
 
         def numbers(item: int) -> list[int]:
-            tiles = out_mm_kwargs["image"][item]["aspect_ratio_mask"].data.sum(-1).tolist()
-            return [image for image, count in enumerate(tiles) for _ in range(int(count) * tile_tokens)]
+            counts = out_mm_kwargs["image"][item][COUNTS].data.tolist()
+            return [image for image, count in enumerate(counts) for _ in range(count)]
 
         return [PromptReplacement(modality="image", target=[0], replacement=numbers)]
 

@@ -30,7 +30,11 @@ MIXED = {
 ADAPTERS = {
     "everything": {"ranks": MIXED, "targets": EVERYTHING},
     "everything-too": {"ranks": {"": 16}, "targets": EVERYTHING, "scale": 0.5},
-    "text": {"ranks": {"": 8}, "targets": r".*language_model.*\.([qo]_proj|down_proj)", "use_rslora": True},
+    "text-only": {
+        "ranks": {"": 8},
+        "targets": r".*language_model.*\.([qo]_proj|down_proj)",
+        "use_rslora": True,
+    },
     "vision-1": {"ranks": {"": 8}, "targets": VISION},
     "vision-2": {"ranks": {"": 8}, "targets": VISION},
     "cross-kv-1": {"ranks": {"": 4}, "targets": CROSS_KV},
