@@ -269,6 +269,7 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA
             if name.endswith("embed_tokens.weight"):
                 embedding = weight
             yield name, weight
-        tied = self.config.text_config.tie_word_embeddings or self.config.tie_word_embeddings
+        configs = (self.config, self.config.text_config)
+        tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
         if not seen and tied and embedding is not None:
             yield "lm_head.weight", embedding[: self.config.text_config.vocab_size]

@@ -112,6 +112,10 @@ def make_checkpoint(folder: Path, seed: int = 0, **config: object) -> Path:
     mllama = make_config(tokenizer, **config)
     model = MllamaForConditionalGeneration(mllama).float()
     randomise(model, seed)
+    if mllama.tie_word_embeddings:
+        model.lm_head.weight.data.copy_(
+            model.model.language_model.embed_tokens.weight[: len(model.lm_head.weight)]
+        )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -122,7 +126,7 @@ def make_checkpoint(folder: Path, seed: int = 0, **config: object) -> Path:
 
 
 def to_hub_layout(folder: Path) -> None:
-    """Renames the weights in `folder` to the names of the Hub's checkpoints (transformers < 4.50)."""
+    """Renames the weights in `folder` to the Hub's names (transformers < 4.50); a tied head is left out."""
     path = folder / "model.safetensors"
     old = {
         "model.vision_model.": "vision_model.",
@@ -131,7 +135,10 @@ def to_hub_layout(folder: Path) -> None:
         "lm_head.": "language_model.lm_head.",
     }
     renamed = {}
+    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     for name, weight in load_file(path).items():
+        if tied and name == "lm_head.weight":
+            continue
         prefix = next(prefix for prefix in old if name.startswith(prefix))
         renamed[old[prefix] + name.removeprefix(prefix)] = weight
     save_file(renamed, path, metadata={"format": "pt"})

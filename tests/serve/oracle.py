@@ -7,6 +7,7 @@ import peft
 import torch
 from cases import Case
 from transformers import AutoProcessor, MllamaForConditionalGeneration
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
 from lvnas.bases.vision_features import set_vision_features
 
@@ -14,11 +15,19 @@ from lvnas.bases.vision_features import set_vision_features
 class Oracle:
     """A checkpoint and its adapters, run by transformers with eager attention."""
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path], features: str = "reference") -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapters: Mapping[str, Path],
+        features: str = "reference",
+        pre_image_rows: str = "transformers",
+    ) -> None:
         model = MllamaForConditionalGeneration.from_pretrained(
             base, attn_implementation="eager", dtype=torch.float32
         )
         self.model = set_vision_features(model.eval(), features)
+        if pre_image_rows == "reference":
+            mask_attention_too(self.model)
         self.processor = AutoProcessor.from_pretrained(base)
         for name, folder in adapters.items():
             if isinstance(self.model, peft.PeftModel):
@@ -56,3 +65,19 @@ class Oracle:
             self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(adapter)
         return self.model
+
+
+def mask_attention_too(model: torch.nn.Module) -> None:
+    """Meta's treatment of rows before the first image: their cross-attention is zeroed, as their MLP is."""
+    for layer in model.modules():
+        if isinstance(layer, MllamaCrossAttentionDecoderLayer):
+            layer.register_forward_pre_hook(_remember_mask, with_kwargs=True)
+            layer.cross_attn.register_forward_hook(lambda _, __, out, layer=layer: _masked(layer, out))
+
+
+def _remember_mask(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    layer.rows = kwargs["full_text_row_masked_out_mask"]
+
+
+def _masked(layer: torch.nn.Module, output: tuple) -> tuple:
+    return (output[0] if layer.rows is None else output[0] * layer.rows[:, 0], *output[1:])
