@@ -51,7 +51,8 @@ class Canary:
         """Asks the adapter whose turn it is; `at` is noted with the verdict."""
         adapter = next(self._turns)
         answers = self._ask(adapter)
-        self.checks.append({"at": at, "adapter": adapter, "verdict": self.verdict(adapter, answers)})
+        verdict = self.verdict(adapter, answers)
+        self.checks.append({"at": at, "adapter": adapter, "verdict": verdict, "answers": list(answers)})
 
     def verdict(self, adapter: str, answers: Answers) -> str:
         """`same`; `wrong: NAME` for the answers of another adapter; `changed` for any others; `failed`."""

@@ -21,6 +21,8 @@ SERVER = {
     "vllm:num_requests_running": "requests running",
     "vllm:num_requests_waiting": "requests waiting",
 }
+GROWTH = 1.05
+"""Growth of the server's memory during a run that is worth a note."""
 SCALE = {"host_bytes": 2**-20, "device_bytes": 2**-20, "vllm:kv_cache_usage_perc": 100.0}
 
 
@@ -74,6 +76,12 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         if canary["indistinguishable"]:
             alike = "; ".join(", ".join(group) for group in canary["indistinguishable"])
             found.append(f"The canary questions cannot tell these adapters apart: {alike}.")
+    memory = result["server"]["series"].get("host_bytes")
+    if memory and memory["last"] > GROWTH * memory["first"]:
+        first, last = memory["first"] / 2**20, memory["last"] / 2**20
+        found.append(
+            f"The server's host memory grew from {first:,.0f} to {last:,.0f} MiB while it was counted."
+        )
     if churn := result["churn"]:
         failed = sum(event["error"] is not None for event in churn)
         found.append(f"Adapters replaced during the load: {len(churn)}, of which {failed} failed.")
