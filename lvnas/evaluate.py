@@ -79,11 +79,11 @@ def evaluate(
     features = _only(
         {f.get("vision_features", "reference") for _, f in pairs} or {"reference"}, "vision_features"
     )
+    loaded = {name: tasks.load_task(name) for name in names}
     model, processor = bases.load(base, dtype=dtype, vision_features=features)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model.to(device).eval()
     size = sum(parameter.numel() for parameter in model.parameters())
-    loaded = {name: tasks.load_task(name) for name in names}
     results = []
     jobs: list[tuple[str, Path | None, dict[str, Any]]] = []
     for name in names:

@@ -1,5 +1,6 @@
 """`lvnas report`: pictures and tables of what the other verbs wrote."""
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import BoundaryNorm
 
 from lvnas import files
+from lvnas.adapters import read_adapter
 from lvnas.errors import InputError
 from lvnas.evaluate import FORMAT, Result
-from lvnas.modules import ATTENTION, GATED_MLP, PLAIN_MLP, canonical_name, is_vision
+from lvnas.modules import ATTENTION, GATED_MLP, PLAIN_MLP, is_vision
 from lvnas.ranks import RankPlan
 from lvnas.tables import markdown
 
@@ -61,26 +63,13 @@ def read_results(path: Path) -> list[Result]:
 
 
 def read_ranks(path: Path) -> dict[str, int]:
-    """Module -> rank, from a ranks file, or from the weights' shapes in an adapter folder.
+    """Module -> rank, from a ranks file or an adapter folder.
 
     Raises:
         InputError: neither.
     """
     if path.is_dir():
-        from safetensors import SafetensorError, safe_open
-
-        weights = path / "adapter_model.safetensors"
-        if not weights.is_file():
-            raise InputError(f"{path} is no adapter folder: it has no {weights.name}")
-        try:
-            with safe_open(weights, "np") as file:
-                names = [name for name in file.keys() if name.endswith(".lora_A.weight")]  # noqa: SIM118
-                return {
-                    canonical_name(name.removesuffix(".lora_A.weight")): file.get_slice(name).get_shape()[0]
-                    for name in names
-                }
-        except SafetensorError as error:
-            raise InputError(f"{weights} is no safetensors file: {error}") from None
+        return read_adapter(path, path.name).ranks
     return RankPlan.read(path).ranks
 
 
@@ -91,41 +80,34 @@ def rank_map(ranks: Mapping[str, int], out: Path, *, title: str = "") -> None:
     Cross-attention layers are marked with an x on the axis. A white cell is a module without an adapter.
     """
     stacks = _stacks(ranks)
-    levels = sorted(set(ranks.values()) | {0})
-    widths = [max(grid.shape[1], 4) for grid, _, _ in stacks.values()]
-    height = 1.2 + 0.32 * max(grid.shape[0] for grid, _, _ in stacks.values())
+    levels = sorted(set(ranks.values()))
+    layers = max(8, *(grid.shape[1] for grid, _, _ in stacks.values()))
+    rows = [grid.shape[0] for grid, _, _ in stacks.values()]
     figure, axes = plt.subplots(
-        1,
         len(stacks),
-        figsize=(3 + 0.22 * sum(widths) + 0.8 * len(stacks), height),
-        width_ratios=widths,
+        1,
+        figsize=(2.6 + 0.22 * layers, 0.6 + sum(0.7 + 0.22 * row for row in rows)),
+        height_ratios=rows,
         squeeze=False,
         layout="constrained",
     )
     colours = plt.get_cmap("viridis_r", len(levels))
     norm = BoundaryNorm(np.arange(len(levels) + 1) - 0.5, len(levels))
-    for axis, (stack, (grid, kinds, crossed)) in zip(axes[0], stacks.items(), strict=True):
+    for axis, (stack, (grid, kinds, crossed)) in zip(axes[:, 0], stacks.items(), strict=True):
         places = np.searchsorted(levels, np.nan_to_num(grid))
-        image = axis.imshow(
-            np.ma.masked_array(places, np.isnan(grid)),
-            aspect="auto",
-            cmap=colours,
-            norm=norm,
-            interpolation="none",
-        )
-        axis.set_title(stack, fontsize=9)
-        axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
-        step = max(1, grid.shape[1] // 10)
-        shown = range(0, grid.shape[1], step)
-        axis.set_xticks(shown, [f"{i}{' x' if i in crossed else ''}" for i in shown], fontsize=7)
-        axis.set_xlabel("layer", fontsize=8)
-    bar = figure.colorbar(image, ax=axes[0].tolist(), ticks=range(len(levels)), fraction=0.03, pad=0.01)
+        masked = np.ma.masked_array(places, np.isnan(grid))
+        image = axis.imshow(masked, aspect="auto", cmap=colours, norm=norm, interpolation="none")
+        axis.set_title(f"{stack}{' (x: cross-attention)' if crossed else ''}", fontsize=9)
+        axis.set_xlim(-0.5, layers - 0.5)
+        axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
+        shown = [i for i in range(grid.shape[1]) if i in crossed or i % 5 == 0 or grid.shape[1] <= 10]
+        axis.set_xticks(shown, [f"{i}x" if i in crossed else str(i) for i in shown], fontsize=7)
+    bar = figure.colorbar(image, ax=axes[:, 0].tolist(), ticks=range(len(levels)), fraction=0.04, pad=0.01)
     bar.ax.set_yticklabels([str(level) for level in levels], fontsize=8)
     bar.set_label("rank", fontsize=8)
+    figure.supxlabel("layer", fontsize=8)
     figure.suptitle(title, fontsize=10)
-    from io import BytesIO
-
-    picture = BytesIO()
+    picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)
     files.write_bytes(out, picture.getvalue())

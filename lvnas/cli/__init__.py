@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def lvnas() -> None:
 
 def main() -> None:
     """The console script: bad input is one line on stderr and exit code 2, never a traceback."""
+    # transformers warns about a call within transformers; nobody who runs lvnas can change it.
+    warnings.filterwarnings("ignore", r"`hidden_state` is deprecated", FutureWarning)
     try:
         lvnas.main(prog_name="lvnas", standalone_mode=False)
     except InputError as error:
