@@ -31,6 +31,7 @@ from lvnas_vllm.mllama_processor import (
 from lvnas_vllm.mllama_text import CrossPlan, MllamaTextModel
 from lvnas_vllm.mllama_visibility import kept_tokens, segments
 from lvnas_vllm.mllama_vision import MllamaVisionModel
+from lvnas_vllm.vllm_internals import check_lora_tokens
 
 
 class MllamaModel(nn.Module):
@@ -130,6 +131,13 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA
         tiles = images * self.config.vision_config.max_num_tiles
         return tiles * padded_patches(self.config), tiles * self.tile_tokens
 
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        """Model Runner V2's hook."""
+        from lvnas_vllm.mllama_state import MllamaModelState
+
+        return MllamaModelState
+
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """The projected tokens of each item: [images * tiles * patches, hidden], padding tiles included.
 
@@ -138,7 +146,11 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA
         """
         pixels, ratios, masks, tokens = (list(kwargs[name]) for name in (*FIELDS, COUNTS))
         images = [len(item) for item in ratios]
-        features = self.model.vision_model(torch.cat(pixels), torch.cat(ratios), torch.cat(masks))
+        vision = self.model.vision_model
+        check_lora_tokens(
+            vision.transformer.layers[0].mlp.fc1, sum(images) * vision.tile_count * vision.padded
+        )
+        features = vision(torch.cat(pixels), torch.cat(ratios), torch.cat(masks))
         projected, _ = self.model.multi_modal_projector(features.flatten(0, 2))
         items = list(projected.split([count * self.image_tokens for count in images]))
         for item, counts in zip(items, tokens, strict=True):
@@ -184,7 +196,7 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA
             return None
         starts, cached = metadata.query_start_loc, metadata.seq_lens
         request = torch.searchsorted(
-            starts[1:], torch.arange(len(input_ids), device=starts.device), right=True
+            starts[1:], torch.arange(len(input_ids), device=starts.device, dtype=starts.dtype), right=True
         )
         image_rows = (cached > 0)[request.clamp(max=len(cached) - 1)][:, None]
         if not outputs:
@@ -241,6 +253,8 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA
                     mlp_rows[rows] = False
                     everything = torch.arange(offset, offset + len(outputs[which]), device=device)
                     exact.append((rows, everything))
+        cross = self.model.language_model.layers[self.cross_layers[0]].cross_attn
+        check_lora_tokens(cross.kv_proj, offsets[-1])
         return CrossPlan(image_rows, mlp_rows, torch.cat(list(outputs)), torch.cat(keep), exact)
 
     def _tokens(

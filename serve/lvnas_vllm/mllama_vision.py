@@ -159,6 +159,7 @@ class MllamaVisionModel(nn.Module):
         super().__init__()
         vision = config.vision_config
         self.patches, self.padded = patches_per_tile(config), padded_patches(config)
+        self.tile_count = vision.max_num_tiles
         # Entry i of the transformer's states is the input of layer i, i + 1 its output.
         offset = 0 if config.vision_features == "reference" else 1
         self.intermediate = [i + offset for i in vision.intermediate_layers_indices]

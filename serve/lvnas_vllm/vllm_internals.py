@@ -61,6 +61,16 @@ def fix_cpu_lora() -> None:
             setattr(module, name, getattr(cpu_lora, name))
 
 
+def check_lora_tokens(layer: torch.nn.Module, tokens: int) -> None:
+    """Asserts that the adapters of exactly `tokens` tokens were mapped for `layer`, where it has LoRA.
+
+    The GPU's kernels do not check it: a wrong count would give tokens to another request's adapter.
+    """
+    wrapper = getattr(layer, "punica_wrapper", None)
+    mapped = wrapper.indices_len[0] if wrapper is not None else None
+    assert mapped is None or mapped == tokens, f"LoRA mapping of {mapped} tokens for {tokens} tokens"
+
+
 def reject_stray_images() -> None:
     """Refuses a literal image token in a prompt without images, as transformers' processor does.
 

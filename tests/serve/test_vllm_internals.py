@@ -1,90 +1,133 @@
-"""Guards for every name of vLLM's that is not promised: each test names what broke."""
+"""Each private name of vLLM that the Mllama plugin touches is where it was, with the parameters it had.
 
-import inspect
+The sources are read, not imported, so that other versions can be checked too: unpack a wheel and name its folder
+(that holds `vllm/`) in LVNAS_VLLM_SOURCES, several separated by colons.
+"""
+
+import ast
+import functools
+import importlib.util
+import os
+from pathlib import Path
 
 import pytest
-from lvnas_vllm import vllm_internals
 
-from lvnas.errors import InputError
+INSTALLED = Path(importlib.util.find_spec("vllm").origin).parent.parent
+OTHERS = [Path(folder) for folder in os.environ.get("LVNAS_VLLM_SOURCES", "").split(":") if folder]
 
-# Ragged LoRA
+FUNCTIONS = {
+    # fix_encoder_order
+    "v1/worker/gpu_model_runner:GPUModelRunner._batch_mm_inputs_from_scheduler": "scheduler_output",
+    # fix_cpu_lora
+    **{
+        f"lora/ops/torch_ops/lora_ops:{name}": f"inputs lora_b_weights output_tensor lora_indices_tensor {last}"
+        for name, last in {
+            "bgmv_shrink": "scaling",
+            "bgmv_expand": "add_inputs",
+            "bgmv_expand_slice": "slice_offset slice_size add_inputs",
+        }.items()
+    },
+    # reject_stray_images, group_image_ids, count_image_tokens
+    "v1/engine/input_processor:InputProcessor._validate_model_inputs": "encoder_input decoder_input",
+    "renderers/base:BaseRenderer._process_mm_uuids": "mm_data mm_data_items mm_uuid_items mm_req_id",
+    "v1/engine/output_processor:RequestState.from_new_request": (
+        "tokenizer request prompt parent_req request_index queue log_stats stream_interval"
+    ),
+    "v1/engine/output_processor:RequestState._new_request_output": (
+        "external_req_id outputs finished kv_transfer_params ec_transfer_params error"
+    ),
+    # mllama_processor
+    "multimodal/parse:MultiModalDataParser._parse_image_data": "data",
+    "multimodal/processing/context:BaseProcessingInfo.parse_mm_data": "mm_data validate",
+    "multimodal/processing/context:BaseProcessingInfo.get_mm_max_tokens_per_item": "seq_len mm_counts",
+    "multimodal/processing/dummy_inputs:BaseDummyInputsBuilder.get_dummy_mm_data": "seq_len mm_counts mm_options",
+    "multimodal/processing/processor:EncDecMultiModalProcessor.apply": "inputs timing_ctx",
+    "multimodal/processing/processor:EncDecMultiModalProcessor.create_encoder_prompt": "prompt mm_items",
+    "multimodal/processing/processor:BaseMultiModalProcessor._get_mm_fields_config": (
+        "hf_inputs hf_processor_mm_kwargs"
+    ),
+    "multimodal/processing/processor:BaseMultiModalProcessor._postprocess_hf_mm_data": (
+        "mm_inputs hf_processor_mm_kwargs processed_data"
+    ),
+    "multimodal/processing/processor:BaseMultiModalProcessor._get_prompt_updates": (
+        "mm_items hf_processor_mm_kwargs out_mm_kwargs"
+    ),
+    # mllama, mllama_text
+    "model_executor/models/interfaces:SupportsMultiModal.get_mm_lora_token_counts": (
+        "modality mm_kwargs num_mm_embeds"
+    ),
+    "model_executor/models/llama:LlamaDecoderLayer.__init__": "vllm_config prefix config attn_layer_type",
+    "model_executor/models/llama:LlamaDecoderLayer.forward": "positions hidden_states residual",
+    "model_executor/layers/attention/cross_attention:CrossAttention.__init__": (
+        "num_heads head_size scale cache_config attn_type"
+    ),
+    # mllama_state
+    "v1/worker/gpu/model_states/encoder_decoder:EncoderDecoderModelState.prepare_inputs_embeds": (
+        "scheduled_encoder_inputs input_batch req_states"
+    ),
+    "v1/worker/gpu/model_states/encoder_decoder:EncoderDecoderModelState.prepare_inputs": "input_batch req_states",
+    "v1/worker/gpu/mm/encoder_runner:EncoderRunner.prepare_mm_inputs": "scheduled_encoder_inputs",
+    "v1/worker/gpu/mm/encoder_runner:EncoderRunner.execute_mm_encoder": "mm_kwargs",
+    "v1/worker/gpu/mm/encoder_runner:EncoderRunner.timed_encoder_operation": "request_ids",
+}
+METADATA = "query_start_loc: torch.Tensor\n    max_seq_len: int\n    seq_lens: torch.Tensor"
+TEXTS = {
+    "transformers_utils/config": "_CONFIG_REGISTRY: dict[str, type[PreTrainedConfig]] = LazyConfigDict(",
+    "model_executor/models/config": "MODELS_CONFIG_MAP: dict[str, type[VerifyAndUpdateConfig]] = {",
+    "lora/punica_wrapper/punica_base": "self.indices_len: list[int | None]",
+    "v1/attention/backends/cpu_attn": METADATA,
+    "v1/attention/backends/flash_attn": METADATA,
+    "v1/attention/backends/triton_attn": METADATA,
+    "entrypoints/openai/chat_completion/serving": "if final_res.encoder_prompt_token_ids is not None:",
+    "v1/worker/gpu/model_states/__init__": 'if hasattr(model, "get_model_state_cls"):',
+}
+SETTINGS = (
+    ("config/scheduler", ("max_num_batched_tokens", "max_num_encoder_input_tokens", "encoder_cache_size")),
+    ("config/lora", ("enable_tower_connector_lora",)),
+    ("config/multimodal", ("limit_per_prompt",)),
+)
 
 
-@pytest.mark.parametrize("name", vllm_internals.RAGGED_NAMES)
-def test_ragged_names_have_these_parameters(name, monkeypatch):
-    monkeypatch.setattr(vllm_internals, "RAGGED_NAMES", {name: vllm_internals.RAGGED_NAMES[name]})
-    assert vllm_internals.changed_ragged_names() == []
+@functools.cache
+def tree(root: Path, module: str) -> ast.Module:
+    return ast.parse((root / "vllm" / f"{module}.py").read_text())
 
 
-def test_a_changed_name_is_refused_with_the_way_out(monkeypatch):
-    name = "vllm.lora.model_manager:LRUCacheLoRAModelManager.gone"
-    monkeypatch.setattr(vllm_internals, "RAGGED_NAMES", {name: ()})
-    with pytest.raises(
-        InputError, match=r"does not know vLLM .*\.gone changed; install vllm 0\.32\.0, or unset"
-    ):
-        vllm_internals.install_ragged()
+def parameters(root: Path, name: str) -> str:
+    """The parameters of the function `path/of/module:Class.method` after self or cls, names only."""
+    module, _, path = name.partition(":")
+    node: ast.AST = tree(root, module)
+    for part in path.split("."):
+        node = next(
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name == part
+        )
+    args = node.args
+    names = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    return " ".join(name for name in names if name not in ("self", "cls"))
 
 
-def test_where_vllm_looks_up_the_ragged_classes():
-    from vllm.lora import utils
-    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
-    from vllm.v1.worker import lora_model_runner_mixin
-
-    assert "_all_lora_classes" in inspect.getsource(utils.from_layer)
-    assert "LogitsProcessorWithLoRA(" in inspect.getsource(utils.from_layer_logits_processor)
-    assert VocabParallelEmbeddingWithLoRA in utils._all_lora_classes or utils._all_lora_classes
-    loader = lora_model_runner_mixin.LoRAModelRunnerMixin.load_lora_model
-    assert "LRUCacheWorkerLoRAManager(" in inspect.getsource(loader)
+@pytest.mark.parametrize("root", [INSTALLED, *OTHERS], ids=lambda root: root.name)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_is_there_with_its_parameters(root: Path, name: str) -> None:
+    assert parameters(root, name) == FUNCTIONS[name]
 
 
-def test_linear_layers_apply_lora_through_one_method():
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-
-    for method in (BaseLinearLayerWithLoRA._apply_sync, BaseLinearLayerWithLoRA._apply_base_forward):
-        assert "self._apply_lora_to_output(" in inspect.getsource(method)
-    assert "self.device" in inspect.getsource(BaseLinearLayerWithLoRA.create_lora_weights)
+@pytest.mark.parametrize("root", [INSTALLED, *OTHERS], ids=lambda root: root.name)
+@pytest.mark.parametrize("module", TEXTS)
+def test_source_says_what_is_relied_on(root: Path, module: str) -> None:
+    assert TEXTS[module] in (root / "vllm" / f"{module}.py").read_text()
 
 
-def test_logits_layer_gives_the_wrapper_its_stacked_tensors():
-    from vllm.lora.layers import LogitsProcessorWithLoRA
-
-    source = inspect.getsource(LogitsProcessorWithLoRA._get_logits)
-    assert "add_lora_logits(\n            logits, hidden_states, self.lora_a_stacked" in source
-    assert "self.device" in inspect.getsource(LogitsProcessorWithLoRA.create_lora_weights)
-
-
-def test_the_registry_calls_back_when_an_adapter_leaves():
-    from vllm.lora.model_manager import AdapterLRUCache
-
-    left = []
-    cache = AdapterLRUCache(2, left.append)
-    for adapter in (1, 2, 3):
-        cache[adapter] = None
-    cache.remove_oldest()
-    cache.clear()
-    assert left == [1, 2, 3]
-
-
-def test_dummy_adapters_keep_their_class_when_cloned():
-    from lvnas_vllm.ragged.manager import DummyLoRA
-
-    assert type(DummyLoRA(1, 8, {}).clone(2)) is DummyLoRA
-
-
-def test_a_request_has_its_adapters_id_and_path():
-    from vllm.lora.request import LoRARequest
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    request = LoRARequest("name", 3, "/path")
-    assert (request.lora_int_id, request.lora_path, request.load_inplace) == (3, "/path", False)
-    assert "lora_request" in inspect.signature(LLMEngine.add_request).parameters
-
-
-def test_kernel_metadata_has_the_order_that_the_gpu_wrapper_unpacks():
-    from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
-
-    source = inspect.getsource(LoRAKernelMeta.meta_args)
-    order = ("token_lora_mapping[:", "token_indices_sorted_by_lora_ids[:", "num_tokens_per_lora,")
-    order += ("lora_token_start_loc,", "active_lora_ids,", "no_lora_flag_cpu,", "num_active_loras,")
-    places = [source.rindex(f"{'' if name == order[-1] else 'self.'}{name}") for name in order]
-    assert places == sorted(places)
+@pytest.mark.parametrize("root", [INSTALLED, *OTHERS], ids=lambda root: root.name)
+@pytest.mark.parametrize(("module", "names"), SETTINGS)
+def test_setting_exists(root: Path, module: str, names: tuple[str, ...]) -> None:
+    fields = {
+        statement.target.id
+        for node in ast.walk(tree(root, module))
+        if isinstance(node, ast.ClassDef)
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+    assert set(names) <= fields
