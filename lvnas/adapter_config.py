@@ -21,8 +21,8 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base as it is: the saved adapter is a plain LoRA."""
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
 """Initialisations that subtract the initial adapter from the base: the saved one needs that changed base."""
-PATTERN_SECONDS = 10.0
-"""Longest time that the patterns of one configuration may take; regular expressions can take for ever."""
+PATTERN_SECONDS = 2.0
+"""Processor time that each pattern option of a configuration may take; regular expressions can take for ever."""
 
 _REFUSED = {
     "use_dora": ("dora", "vLLM has no DoRA; merge it into the base with PEFT's merge_and_unload"),
@@ -143,14 +143,14 @@ class Pattern:
         Raises:
             BrokenFile: all calls together have taken PATTERN_SECONDS.
         """
-        start = time.monotonic()
+        start = time.thread_time()
         try:
             for key, plain in self._keys:
                 if self._matches(key, plain, module):
                     return self.values[key]
             return None
         finally:
-            self.seconds -= time.monotonic() - start
+            self.seconds -= time.thread_time() - start
 
     def _matches(self, key: str, plain: "tuple[str, bool] | None", module: str) -> bool:
         if plain is not None:  # without a regular expression: hundreds of keys meet hundreds of modules

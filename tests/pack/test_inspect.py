@@ -93,3 +93,23 @@ def test_a_padded_adapter_is_the_same_update(tmp_path: Path) -> None:
     found = diff(original, packed)
     assert found["largest_distance"] < 1e-6
     assert found["ranks"]["model.language_model.layers.0.self_attn.q_proj"] == [4, 16]
+
+
+def test_the_command_prints_json_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    from lvnas.cli import lvnas
+
+    folder = make_adapter(tmp_path / "a")
+    lvnas.main(["inspect", str(folder), "--json", "--png", str(tmp_path / "map.png")], standalone_mode=False)
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["ranks"] == {name: rank for name, (_, _, rank) in MODULES.items()}
+    picture = Image.open(tmp_path / "map.png").convert("RGB")
+    assert len(picture.getcolors(1 << 24)) > len(set(found["ranks"].values()))
+    make_adapter(tmp_path / "b", seed=1)
+    lvnas.main(["inspect", str(folder), str(tmp_path / "b"), "--diff", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["largest_distance"] > 0.5
+    with pytest.raises(InputError, match="--diff compares two adapters, not 1"):
+        lvnas.main(["inspect", str(folder), "--diff"], standalone_mode=False)
+    with pytest.raises(InputError, match="no adapter folder"):
+        lvnas.main(["inspect", str(tmp_path / "nowhere")], standalone_mode=False)
