@@ -44,7 +44,10 @@ def print_results(results: Sequence[Result]) -> None:
             table.add_section()
         table.add_row(*cells(result))
     console = Console()
-    console.print(table if console.is_terminal else markdown(results), markup=False, highlight=False)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        print(markdown(results))
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -168,7 +168,7 @@ def test_bad_input(lvnas, tmp_path, derived, trained):
         (["evaluate"], "--base"),
         (["evaluate", tmp_path / "nowhere"], "nowhere"),
         (["evaluate", trained[0], "--task", "nope"], "unknown task 'nope'"),
-        (["report", tmp_path], "adapter_model.safetensors"),
+        (["report", tmp_path], "adapter_config.json"),
     ):
         code, out, err = lvnas(*arguments)
         assert (code, out) == (2, ""), (arguments, err)

@@ -19,7 +19,7 @@ def test_stacks_put_each_rank_in_its_place():
     assert kinds == ["q_proj", "down_proj"]
     np.testing.assert_array_equal(grid, [[4, 16, np.nan], [np.nan, np.nan, 8]])
     assert crossed == {1}
-    assert list(stacks)[0] == "vision_model.transformer"
+    assert next(iter(stacks)) == "vision_model.transformer"
     assert stacks["lm_head"][0].tolist() == [[2]]
 
 
