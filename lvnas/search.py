@@ -6,9 +6,6 @@ instead, from which an interrupted search goes on to bit-identical scores.
 """
 
 import dataclasses
-import io
-import pickle
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +18,11 @@ from torch import nn
 
 from lvnas import files
 from lvnas.allocate import Budget, allocate
+from lvnas.checkpoint import load_state, save_state
 from lvnas.errors import InputError
 from lvnas.progress import track
 from lvnas.ranks import RankPlan
-from lvnas.strategies import Gains, SearchConfig, Strategy, make_strategy
+from lvnas.strategies import Gains, SearchConfig, Strategy, check_method, make_strategy
 from lvnas.strategies.base import NonFiniteLoss, Stream
 from lvnas.supernet import check_space
 
@@ -155,6 +153,7 @@ def search_task(
     from lvnas.tasks.batches import Collator
 
     out = Path(out)
+    check_method(config.method)
     splits = tasks.load_task(task).splits
     model, processor = bases.load(base, dtype=dtype)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -256,18 +255,11 @@ def _save(strategy: Strategy, losses: list[float], path: Path, identity: Mapping
         "random": torch.get_rng_state(),
         "strategy": strategy.state(),
     }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    files.write_bytes(path, buffer.getvalue())
+    save_state(path, state)
 
 
 def _load(strategy: Strategy, path: Path, identity: Mapping[str, Any] | None) -> list[float]:
-    try:
-        if not zipfile.is_zipfile(path):  # torch.load takes anything else for its oldest format
-            raise pickle.UnpicklingError("not a file that torch.save wrote")
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is no readable search state ({error}); delete it to start again") from None
+    state = load_state(path)
     _check_same(state["identity"] or {}, identity or {}, path)
     strategy.restore(state["strategy"])
     torch.set_rng_state(state["random"])

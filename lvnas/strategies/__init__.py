@@ -26,10 +26,15 @@ def make_strategy(model: nn.Module, config: SearchConfig) -> Strategy:
     Raises:
         InputError: unknown method or option, a bad space, or no matching modules.
     """
-    if config.method not in STRATEGIES:
-        raise unknown("method", config.method, STRATEGIES)
+    check_method(config.method)
     module, _, name = STRATEGIES[config.method].partition(":")
     return getattr(importlib.import_module(f"lvnas.strategies.{module}"), name)(model, config)
 
 
-__all__ = ["STRATEGIES", "Gains", "SearchConfig", "Strategy", "make_strategy"]
+def check_method(method: str) -> None:
+    """Raises InputError unless `method` names a strategy."""
+    if method not in STRATEGIES:
+        raise unknown("method", method, STRATEGIES)
+
+
+__all__ = ["STRATEGIES", "Gains", "SearchConfig", "Strategy", "check_method", "make_strategy"]

@@ -140,7 +140,7 @@ def test_a_state_of_another_search_is_refused(tmp_path):
             models.mllama(), Stream(0), Stream(100), config("svd", learning_rate=0.1), out, base="tiny"
         )
     (out / "state.pt").write_bytes(b"junk")
-    with pytest.raises(InputError, match="no readable search state"):
+    with pytest.raises(InputError, match="no readable state"):
         search.run(models.mllama(), Stream(0), Stream(100), config("svd"), out, base="tiny")
 
 
