@@ -1,0 +1,61 @@
+"""Parity in other settings than the session's engine: checkpoint layouts, semantics, precision, preemption."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(folder: Path, **variant: object) -> dict:
+    script = Path(__file__).with_name("variant.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), json.dumps(variant)],
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_preempted_requests_keep_their_own_images(tmp_path: Path) -> None:
+    """A cache so small that requests are preempted and resumed beside new ones."""
+    engine = {"block_size": 32, "num_gpu_blocks_override": 40, "max_num_seqs": 8, "max_model_len": 192}
+    result = run(
+        tmp_path, adapters=["everything", "vision-1", "cross-kv-1"], engine=engine, count=32, tokens=48
+    )
+    assert result["preemptions"] > 0
+    assert (result["same"], result["worst"] < 1e-4) == (result["cases"], True), result
+
+
+def test_hub_layout_tied_head_and_the_semantics_of_transformers(tmp_path: Path) -> None:
+    result = run(
+        tmp_path, checkpoint={"tie": True}, hub_layout=True, semantics={"features": "transformers"}, count=40
+    )
+    assert (result["same"], result["worst"] < 1e-4) == (result["cases"], True), result
+
+
+@pytest.mark.full
+def test_rows_before_the_image_as_in_metas_code(tmp_path: Path) -> None:
+    result = run(tmp_path, adapters=["everything"], semantics={"pre_image_rows": "reference"}, count=40)
+    assert (result["same"], result["worst"] < 1e-4) == (result["cases"], True), result
+
+
+@pytest.mark.full
+def test_real_tile_geometry(tmp_path: Path) -> None:
+    """560-pixel tiles: 6404 image tokens, and the limits raised for them."""
+    draw = {"tile": 560, "most_images": 1}
+    engine = {"limit_mm_per_prompt": {"image": 2}}
+    result = run(
+        tmp_path, checkpoint={"image_size": 560}, adapters=["everything"], engine=engine, draw=draw, count=6
+    )
+    assert (result["same"], result["worst"] < 1e-4) == (result["cases"], True), result
+
+
+@pytest.mark.full
+def test_bfloat16_within_its_own_noise(tmp_path: Path) -> None:
+    """Against the float32 oracle: bfloat16 inside transformers is off by as much."""
+    result = run(tmp_path, adapters=["everything"], engine={"dtype": "bfloat16"}, count=60)
+    assert result["mean"] < 0.2 and result["worst"] < 1.0, result
