@@ -93,7 +93,7 @@ def derive_file(
     plan.base = base or plan.base
     if plan.base is None:
         raise InputError(f"{ranks} names no base; give one with --base")
-    model = meta_model(plan.base)
+    model: Any = meta_model(plan.base)
     shapes = {
         n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)
     }
@@ -172,6 +172,6 @@ def _check_shape(name: str, a: Tensor, b: Tensor, shape: tuple[int, int], path: 
         )
 
 
-def _number(value: float) -> int | float:
+def _number(value: float) -> Any:
     """Whole numbers as int: older readers of adapter_config.json expect them."""
     return int(value) if float(value).is_integer() else value

@@ -67,61 +67,75 @@ def evaluate(
     Raises:
         InputError: no such adapter, base or task; adapters of different bases; nothing to evaluate.
     """
-    pairs = [(Path(adapter), read_facts(adapter)) for adapter in adapters]
-    base = base or _only({facts.get("base") for _, facts in pairs}, "base")
-    wanted = [(adapter, facts, task or facts.get("task")) for adapter, facts in pairs]
-    for adapter, _, name in wanted:
-        if name is None:
-            raise InputError(f"{adapter} does not say which task it is for; give it with --task")
-    names = list(dict.fromkeys([name for *_, name in wanted] or ([task] if task else [])))
-    if not names:
-        raise InputError("nothing to evaluate: give adapter folders, or --base and --task")
-    features = _only(
-        {f.get("vision_features", "reference") for _, f in pairs} or {"reference"}, "vision_features"
-    )
-    loaded = {name: tasks.load_task(name) for name in names}
-    model, processor = bases.load(base, dtype=dtype, vision_features=features)
+    jobs = _jobs([Path(adapter) for adapter in adapters], task)
+    named = [job.facts for job in jobs if job.adapter]
+    base = base or _only({facts.get("base") for facts in named}, "base")
+    features = {facts.get("vision_features", "reference") for facts in named} or {"reference"}
+    loaded = {job.task: tasks.load_task(job.task) for job in jobs}
+    model, processor = bases.load(base, dtype=dtype, vision_features=_only(features, "vision_features"))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model.to(device).eval()
-    size = sum(parameter.numel() for parameter in model.parameters())
-    results = []
-    jobs: list[tuple[str, Path | None, dict[str, Any]]] = []
-    for name in names:
-        jobs += [(name, None, {}), *((name, adapter, facts) for adapter, facts, of in wanted if of == name)]
-    for name, adapter, facts in track(jobs, "evaluating"):
-        chosen = loaded[name].splits["test"][:examples]
-        peft_model = load_adapter(model, adapter) if adapter else None
-        judged = (peft_model or model).to(device).eval()
-        loss, with_end = answer_loss(judged, processor, chosen, batch_size)
-        answers = generate(judged, processor, chosen, batch_size)
-        metric = METRICS[loaded[name].metric]
-        score = sum(metric(given, e.assistant) for given, e in zip(answers, chosen, strict=True)) / len(
-            chosen
-        )
-        parameters = lora_parameters(judged) if adapter else 0
-        if peft_model is not None:
-            model = peft_model.unload()
-        results.append(
-            Result(
-                task=name,
-                adapter=adapter.name if adapter else None,
-                method=_method(facts),
-                loss=loss,
-                perplexity=math.exp(loss),
-                perplexity_with_end=math.exp(with_end),
-                metric=loaded[name].metric,
-                score=score,
-                examples=len(chosen),
-                parameters=parameters,
-                share=parameters / size,
-                epoch_seconds=facts.get("finetune", {}).get("epoch_seconds"),
-            )
-        )
+    results = [
+        _judge(job, model, processor, loaded[job.task], examples, batch_size)
+        for job in track(jobs, "evaluating")
+    ]
     if out is not None:
         made = files.provenance(base=base, adapters=[str(adapter) for adapter in adapters])
         rows = [asdict(result) for result in results]
         files.write_json(Path(out) / "results.json", {"format": FORMAT, "rows": rows, "provenance": made})
     return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    task: str
+    adapter: Path | None
+    facts: dict[str, Any]
+
+
+def _jobs(adapters: Sequence[Path], task: str | None) -> list[_Job]:
+    """The base alone and every adapter, task by task."""
+    by_task: dict[str, list[_Job]] = {task: []} if task else {}
+    for adapter in adapters:
+        facts = read_facts(adapter)
+        name = task or facts.get("task")
+        if name is None:
+            raise InputError(f"{adapter} does not say which task it is for; give it with --task")
+        by_task.setdefault(name, []).append(_Job(name, adapter, facts))
+    if not by_task:
+        raise InputError("nothing to evaluate: give adapter folders, or --base and --task")
+    return [job for name, jobs in by_task.items() for job in (_Job(name, None, {}), *jobs)]
+
+
+def _judge(
+    job: _Job, model: nn.Module, processor: Any, task: tasks.Task, examples: int | None, batch_size: int
+) -> Result:
+    """One row; `model` is the base again afterwards."""
+    chosen = task.splits["test"][:examples]
+    size = sum(parameter.numel() for parameter in model.parameters())
+    adapted = load_adapter(model, job.adapter) if job.adapter else None
+    judged = (adapted or model).to(next(model.parameters()).device).eval()
+    loss, with_end = answer_loss(judged, processor, chosen, batch_size)
+    answers = generate(judged, processor, chosen, batch_size)
+    metric = METRICS[task.metric]
+    scores = [metric(given, example.assistant) for given, example in zip(answers, chosen, strict=True)]
+    parameters = lora_parameters(judged)
+    if adapted is not None:
+        adapted.unload()
+    return Result(
+        task=job.task,
+        adapter=job.adapter.name if job.adapter else None,
+        method=_method(job.facts),
+        loss=loss,
+        perplexity=math.exp(loss),
+        perplexity_with_end=math.exp(with_end),
+        metric=task.metric,
+        score=sum(scores) / len(scores),
+        examples=len(chosen),
+        parameters=parameters,
+        share=parameters / size,
+        epoch_seconds=job.facts.get("finetune", {}).get("epoch_seconds"),
+    )
 
 
 @torch.no_grad()
@@ -150,7 +164,7 @@ def answer_loss(
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, processor: Any, examples: Sequence[tasks.Example], batch_size: int, new_tokens: int = 32
+    model: Any, processor: Any, examples: Sequence[tasks.Example], batch_size: int, new_tokens: int = 32
 ) -> list[str]:
     """Greedy answers of at most `new_tokens` tokens."""
     collate = Collator(processor)

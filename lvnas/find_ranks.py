@@ -1,7 +1,7 @@
 """`lvnas.find_ranks`: a model and calibration data in, a `peft.LoraConfig` with a rank per module out."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,12 +88,12 @@ def find_ranks(
     if budget is not None and not isinstance(budget, Budget):
         budget = Budget(params=budget)
     plan = RankPlan(
-        ranks=allocate(gains, budget and budget.parameters(gains), max_rank=max_rank),
+        ranks=allocate(gains, budget.parameters(gains) if budget else None, max_rank=max_rank),
         method=method,
         space=gains.ranks,
         scale=scale,
     )
-    found = lora_config(plan)
+    found: Any = lora_config(plan)
     found.lvnas_gains = gains
     return found
 
@@ -101,7 +101,7 @@ def find_ranks(
 class Cycle:
     """A list of batches as an endless `Stream`; the ids are the batch's number in the list."""
 
-    def __init__(self, batches: list[Mapping[str, Any]]) -> None:
+    def __init__(self, batches: Sequence[Mapping[str, Any]]) -> None:
         self.batches = batches
 
     def __getitem__(self, index: int) -> tuple[Mapping[str, Any], list[int]]:

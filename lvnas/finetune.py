@@ -237,7 +237,7 @@ def _save(
     report: dict[str, Any],
 ) -> None:
     with files.atomic_folder(out) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
         # PEFT rewrites the configuration with a random order of modules; the derived one says the same.
         (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())

@@ -77,6 +77,7 @@ def plan(sources: Sequence[str], options: ServeOptions) -> Launch:
         raise InputError(f"{packs[0]} is a pack; serve it alone, or pack the others into it with lvnas pack")
     env: dict[str, str] = {}
     if packs:
+        named: str | None
         named, adapters, settings, env = _from_pack(Path(packs[0]).resolve(), options)
     else:
         adapters = find_adapters(sources)

@@ -88,12 +88,13 @@ class Supernet:
         self.shapes = {name: (layer.in_features, layer.out_features) for name, layer in linears.items()}
         highest = max(self.ranks)
         config = LoraConfig(
-            r=highest, lora_alpha=scale * highest, target_modules=list(self.shapes), bias="none"
+            r=highest,
+            lora_alpha=scale * highest,  # type: ignore[arg-type]  # PEFT takes fractions too
+            target_modules=list(self.shapes),
+            bias="none",
         )
-        self.peft = get_peft_model(model, config)
-        self.layers: dict[str, LoraLayer] = {
-            name: self.peft.base_model.model.get_submodule(name) for name in self.shapes
-        }
+        self.peft: Any = get_peft_model(model, config)
+        self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.shapes}
         self.gates: dict[str, Tensor] = {}
         self._hooks = []
         for name, layer in self.layers.items():

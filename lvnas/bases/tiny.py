@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,8 @@ def _train(recipe: Pretraining, folder: Path) -> None:
 def _initialised(config: MllamaConfig) -> MllamaForConditionalGeneration:
     """Random weights with open gates and position embeddings large enough to be seen: transformers starts both at
     (nearly) zero, from where a short training never finds the image."""
-    model = MllamaForConditionalGeneration(config)
+    model: Any = MllamaForConditionalGeneration(config)
+    text: Any = config.text_config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("gate", "gate_attn", "gate_ffn")):
@@ -139,10 +141,11 @@ def _initialised(config: MllamaConfig) -> MllamaForConditionalGeneration:
             elif name.endswith("gated_positional_embedding.embedding"):
                 parameter.normal_(0, 0.5)
     # from_pretrained and generate look here; Llama 3.2 ends a turn with <|eot_id|>.
-    model.generation_config.eos_token_id = config.text_config.eos_token_id
-    model.generation_config.bos_token_id = config.text_config.bos_token_id
-    model.generation_config.pad_token_id = config.text_config.pad_token_id
-    return set_vision_features(model)
+    model.generation_config.eos_token_id = text.eos_token_id
+    model.generation_config.bos_token_id = text.bos_token_id
+    model.generation_config.pad_token_id = text.pad_token_id
+    set_vision_features(model)
+    return model
 
 
 def _draw_picture(random: np.random.Generator) -> Example:

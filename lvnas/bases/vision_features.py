@@ -22,6 +22,7 @@ def set_vision_features(model: nn.Module, features: str = "reference") -> nn.Mod
     """
     if features not in VISION_FEATURES:
         raise unknown("vision features", features, VISION_FEATURES)
+    module: Any
     for module in model.modules():
         if type(module).__name__ == "MllamaVisionModel":
             if handle := module.__dict__.pop("_lvnas_reference_hook", None):
@@ -32,7 +33,7 @@ def set_vision_features(model: nn.Module, features: str = "reference") -> nn.Mod
     return model
 
 
-def _layer_inputs(encoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def _layer_inputs(encoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Replaces the recorded outputs of the layers by their inputs: the same states, one place later."""
     first = args[0] if args else kwargs["hidden_states"]
     if output.hidden_states[0] is not first:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,7 +44,7 @@ def command(
     out: Path,
     as_json: bool,
     options: tuple[str, ...],
-    **settings: int | float,
+    **settings: Any,
 ) -> None:
     """Find a LoRA rank for every module of BASE on TASK, within a budget; writes OUT/ranks.json.
 

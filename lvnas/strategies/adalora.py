@@ -35,12 +35,12 @@ class AdaLora(Strategy):
         super().__init__(model, config)
         self.steps = config.steps
         highest = max(self.ranks)
-        self.peft = get_peft_model(
+        self.peft: Any = get_peft_model(
             model,
             AdaLoraConfig(
                 init_r=highest,
                 target_r=min(self.options.target_rank or max(1, highest // 2), highest - 1),
-                lora_alpha=config.scale * highest,
+                lora_alpha=config.scale * highest,  # type: ignore[arg-type]
                 target_modules=list(self.shapes),
                 total_step=config.steps,
                 tinit=min(int(self.options.warm_share * config.steps), config.steps - 1),
@@ -51,7 +51,7 @@ class AdaLora(Strategy):
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=0.0
         )
-        self.allocator = self.peft.base_model.rankallocator
+        self.allocator: Any = self.peft.base_model.rankallocator
 
     def step(self, index: int, train: Stream, search: Stream) -> float:
         inputs, ids = train[index]

@@ -175,7 +175,8 @@ class SupernetStrategy(Strategy):
             weight.data.copy_(saved)
 
     def update(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: tuple(matrix.detach() for matrix in self.net.matrices(name)) for name in self.shapes}
+        pairs = {name: self.net.matrices(name) for name in self.shapes}
+        return {name: (a.detach(), b.detach()) for name, (a, b) in pairs.items()}
 
     def close(self) -> nn.Module:
         return self.net.close()
@@ -193,7 +194,7 @@ def read_options(kind: type, name: str, given: Mapping[str, Any]) -> Any:
         if key not in known:
             allowed = ", ".join(known) or "none"
             raise InputError(f"method {name!r} has no option {key!r}; allowed: {allowed}")
-        kind_of_value = known[key].type
+        kind_of_value: Any = known[key].type
         try:
             values[key] = kind_of_value(value)
         except (TypeError, ValueError):

@@ -4,7 +4,6 @@ Uniform alpha; in each mini-batch one step of the weights on train and one step 
 (first-order DARTS, arXiv 1806.09055); at the end the rank of the largest alpha.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +71,7 @@ class Darts(SupernetStrategy):
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.alpha.data.copy_(state["alpha"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])

@@ -66,6 +66,7 @@ class Score(WarmStrategy):
 
     def gains(self) -> Gains:
         removal, error = removal_gains(torch.stack(self.gradients).numpy(), self.config.batch_size)
+        assert self.sigma is not None, "the warm-up is over"
         size = self.blocks(self.sigma.double() ** 2)
         if self.options.combine == "size":
             return self.make_gains(size)

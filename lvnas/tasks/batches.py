@@ -75,9 +75,8 @@ def make_loader(
 ) -> DataLoader:
     """A DataLoader of `Collator` batches; with `shuffle`, an order that follows from `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        list(examples), batch_size, shuffle=shuffle, collate_fn=Collator(processor), generator=generator
-    )
+    data: Any = list(examples)
+    return DataLoader(data, batch_size, shuffle=shuffle, collate_fn=Collator(processor), generator=generator)
 
 
 def endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ def exact(answer: str, truth: str) -> float:
 def yes_no(answer: str, truth: str) -> float:
     """1 where both say yes or both say no (or true and false), looking at the first word."""
     words = {"true": "yes", "false": "no"}
-    first, wanted = (re.match(r"\W*(\w*)", _plain(text))[1] for text in (answer, truth))
+    first, wanted = (re.sub(r"^\W*(\w*).*", r"\1", _plain(text)) for text in (answer, truth))
     return float(words.get(first, first) == words.get(wanted, wanted))
 
 
