@@ -22,15 +22,9 @@ class Job:
     def manager(self):
         return self.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)[0]
 
-    def generate(self, requests, tokens, images=None):
+    def generate(self, requests, tokens):
         """Greedy ids and their log probabilities of [prompt ids, adapter or None] requests, batched together."""
         prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
-        if images:
-            from PIL import Image
-
-            for prompt, path in zip(prompts, images, strict=True):
-                if path:
-                    prompt["multi_modal_data"] = {"image": Image.open(path)}
         params = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
         )

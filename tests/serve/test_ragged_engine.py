@@ -1,13 +1,16 @@
 """Ragged LoRA end to end in float32: the ids of stock vLLM and of PEFT, capacity, refusals, roll-back."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from lvnas_vllm.ragged.arena import aligned
-from ragged_models import VOCABULARY, Peft, adapter, llama, run_job
+from ragged_models import VOCABULARY, Peft, adapter, llama, qwen2_vl, run_job
 
 ENGINE = {"enable_lora": True, "max_lora_rank": 16, "max_model_len": 192, "max_num_seqs": 8, "max_loras": 3}
 
@@ -141,3 +144,29 @@ def test_adapter_memory_that_cannot_hold_the_pack_is_refused_at_start(tmp_path, 
 
 def test_alignment_is_the_only_overhead():
     assert aligned(33) - 33 < 32
+
+
+def test_qwen2_vl_text(tmp_path):
+    """Text only: its image processor needs torchvision, which the CPU install leaves out.
+
+    LoRA in a vision tower is tested on Mllama, whose parity suite runs with LVNAS_RAGGED=1 below.
+    """
+    base = qwen2_vl(tmp_path / "qwen2-vl")
+    adapters = {f"v{i}": adapter(base, tmp_path / f"v{i}-vl", 20 + i) for i in range(3)}
+    asks = requests(3, [None, *adapters], 12)
+    engine = {"model": str(base), **ENGINE, "max_loras": 2, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+    (ours, state), _ = run_job(tmp_path / "job", True, [["generate", asks, 6], ["state"]], adapters, **engine)
+    oracle = Peft(base, adapters)
+    for (prompt, name), (ids, _) in zip(asks, ours, strict=True):
+        assert ids == oracle.greedy(prompt, name, ids), name
+    assert state["stock"] == []
+
+
+@pytest.mark.full
+def test_mllama_parity_suite_with_ragged_lora():
+    environment = {**os.environ, "LVNAS_RAGGED": "1"}
+    suite = Path(__file__).with_name("test_parity.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", suite], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
