@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,9 @@ def running(deployment: Deployment, flags: Sequence[str], logs: Path) -> Iterato
     Raises:
         InputError: an engine ended before it answered; the message has its last words.
     """
+    if threading.current_thread() is threading.main_thread():
+        # So that a terminated comparison stops its servers too, as an interrupted one does.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = time.monotonic()
     routes: dict[str, list[str]] = {}
     with contextlib.ExitStack() as stack:

@@ -75,11 +75,13 @@ class Server:
         words = model.get("answer", "w").split(" ")
         if "later_answer" in model and turn >= model["later_from"]:
             words = model["later_answer"].split(" ")
-        count = body["max_tokens"]
+        count = body.get("max_tokens") or body["max_completion_tokens"]
         writer.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
-        self.event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+        if not model.get("late_role"):
+            self.event(writer, role)
         writer.write(self.chunk(b": ping\n\n"))
         if model.get("serial"):
             async with self.one_at_a_time:
@@ -108,6 +110,8 @@ class Server:
                 await asyncio.sleep(0.005)
                 event = event[len(event) // 2 :]
             sent[-1] = time.monotonic()
+            if token == 0 and model.get("late_role"):
+                self.event(writer, role)
             writer.write(self.chunk(event))
             due += model["gap"][(turn * count + token) % len(model["gap"])]
         if fault != "no usage":
