@@ -64,6 +64,9 @@ class MllamaEngineConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        from lvnas_vllm.vllm_internals import check_version
+
+        check_version()
         check_semantics(model_config.hf_config)
 
     @staticmethod

@@ -18,6 +18,22 @@ def register_mllama() -> None:
     ModelRegistry.register_model(ARCHITECTURE, f"lvnas_vllm.mllama:{ARCHITECTURE}")
 
 
+def check_version() -> None:
+    """Raises ValueError where this vLLM lacks what the model cannot do without (0.25 does, 0.32 and 0.33 do not)."""
+    import vllm
+    from vllm.model_executor.models.interfaces import SupportsMultiModal
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    needed = (
+        (SupportsMultiModal, "get_mm_lora_token_counts"),
+        (BaseMultiModalProcessor, "_postprocess_hf_mm_data"),
+    )
+    if missing := [f"{owner.__name__}.{name}" for owner, name in needed if not hasattr(owner, name)]:
+        raise ValueError(
+            f"Llama-3.2-Vision needs vLLM 0.32 or 0.33; {vllm.__version__} has no {', '.join(missing)}"
+        )
+
+
 def fix_encoder_order() -> None:
     """Encodes images in batch order.
 
