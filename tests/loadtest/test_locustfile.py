@@ -1,5 +1,6 @@
 """The locustfile as Locust's own users start it: with the web UI."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -9,6 +10,16 @@ import urllib.request
 
 from lvnas_loadtest.run import LOCUSTFILE
 from lvnas_loadtest.servers import free_port
+
+
+def test_locust_is_imported_first():
+    """Locust patches sockets when it is imported; a formatter must not put anything that opens them before it."""
+    imports = [
+        node
+        for node in ast.parse(LOCUSTFILE.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert isinstance(imports[0], ast.Import) and imports[0].names[0].name == "locust"
 
 
 def get(url: str, form: dict | None = None) -> bytes:
