@@ -43,8 +43,10 @@ class DemoConfig:
     tasks: Sequence[str] = TASKS
     search_steps: int = 40
     """Mini-batches of the search (the paper's DARTS mode)."""
-    steps: int = 200
+    steps: int = 250
     """Fine-tuning steps per adapter."""
+    learning_rate: float = 5e-3
+    """Of the fine-tuning."""
     users: int = 4
     """Concurrent users of the load test."""
     duration: str = "20s"
@@ -110,16 +112,18 @@ def _train(config: DemoConfig, task: str, kind: str) -> None:
     ranks = config.out / "search" / name / "ranks.json"
     derived, adapter = config.out / "derived" / name, config.out / "adapters" / name
     _verb(["derive", str(ranks), "--out", str(derived)], derived)
+    training = ["--steps", str(config.steps), "--learning-rate", str(config.learning_rate)]
     _verb(
-        ["finetune", str(derived), task, "--steps", str(config.steps), "--out", str(adapter)],
+        ["finetune", str(derived), task, *training, "--out", str(adapter)],
         adapter / "lvnas.json",
     )
 
 
 def _evaluate(out: Path, adapters: Sequence[Path]) -> None:
     results = out / "results" / "results.json"
+    kept = results.exists()
     _verb(["evaluate", *map(str, adapters), "--out", str(results.parent)], results)
-    if results.exists():
+    if kept:
         from lvnas.report import read_results
         from lvnas.tables import print_results
 

@@ -103,3 +103,10 @@ def test_ctrl_c_leaves_no_half_written_output(raw_tiny, tmp_path):
     assert "interrupted" in err.splitlines()[-1]
     assert "Traceback" not in err
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"state.pt"}
+
+
+def test_the_help_page_is_in_step():
+    done = subprocess.run(
+        [sys.executable, "scripts/help-page", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

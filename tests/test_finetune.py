@@ -1,5 +1,6 @@
 """Derive, fine-tune, evaluate and report on the tiny architecture: real files, few steps."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lvnas.ranks import RankPlan
 from lvnas.tasks import load_task
 from lvnas.tasks.batches import IGNORED, Collator
 
-SHORT = FinetuneConfig(steps=6, batch_size=4, save_every=2)
+SHORT = FinetuneConfig(steps=6, batch_size=4, learning_rate=2e-3, save_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_an_interrupted_run_goes_on_exactly(trained, derived, tmp_path, monkeypa
     assert [path.name for path in out.iterdir()] == ["finetune.pt"]
     monkeypatch.setattr(_Run, "_step", whole)
     with pytest.raises(InputError, match="other settings"):
-        finetune(derived, "codewords", out, FinetuneConfig(steps=6, batch_size=4, save_every=2, seed=1))
+        finetune(derived, "codewords", out, dataclasses.replace(SHORT, seed=1))
     finetune(derived, "codewords", out, SHORT)
     wanted, got = (load_file(folder / "adapter_model.safetensors") for folder in (trained[0], out))
     for name, value in wanted.items():

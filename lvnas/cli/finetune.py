@@ -15,7 +15,7 @@ import click
 @click.option(
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples per step."
 )
-@click.option("--learning-rate", type=float, default=2e-3, show_default=True, help="AdamW's peak.")
+@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="AdamW's peak.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="AdamW's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the data's order.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the base's weights.")
