@@ -64,7 +64,8 @@ def derive(
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
     with files.atomic_folder(out) as folder:
         _write_config(lora_config(plan), folder)
-        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = safetensors.torch.save(tensors, {"format": "pt"})
+        files.write_bytes(folder / "adapter_model.safetensors", weights)
         facts = {"format": FORMAT, **(features or {}), "task": plan.task, "base": plan.base}
         made = files.provenance(
             method=plan.method,

@@ -102,7 +102,7 @@ def planted(
 
     Returns:
         `auc` of planted against other modules by gain per parameter, `spearman` of found and planted ranks, and the
-        final losses `found`, `planted` (the truth's ranks), `inverted`, `uniform`, `best_random`, `mean_random`.
+        final losses `found`, `planted` (the truth's ranks), `inverted`, `uniform`, and those of the random plans.
     """
     generator = torch.Generator().manual_seed(seed)
     names = list(find_targets(make(), "all"))
@@ -161,6 +161,7 @@ def planted(
         "best_random": min(random_losses),
         "worst_random": max(random_losses),
         "mean_random": float(np.mean(random_losses)),
+        "share_of_random_better": float(np.mean(np.array(random_losses) < final["found"])),
     }
 
 

@@ -1,0 +1,61 @@
+"""`lvnas search` and `lvnas derive` as they are typed, on the embedded architecture."""
+
+import json
+
+import pytest
+
+SMALL = ("--steps", 2, "--batch-size", 4, "--targets", "qk", "--ranks", "0,2,4")
+
+
+def test_search_and_derive(lvnas, raw_tiny, tmp_path):
+    out = tmp_path / "search"
+    command = ("search", "codewords", "--base", raw_tiny, "--method", "darts", *SMALL, "--out", out)
+    code, printed, errors = lvnas(*command, "--json")
+    assert code == 0, errors
+    free = json.loads(printed)
+    assert "searching ranks" in errors and sum(free["histogram"].values()) > free["modules"] - 1
+
+    code, printed, errors = lvnas(*command, "--like-uniform", 2, "--json")
+    assert code == 0 and "searching ranks" not in errors  # only allocated again
+    summary = json.loads(printed)
+    plan = json.loads((out / "ranks.json").read_text())
+    assert plan["format"] == "lvnas-ranks/1" and plan["task"] == "codewords" and plan["space"] == [0, 2, 4]
+    assert plan["provenance"]["budget"]["like_uniform"] == 2
+
+    for name, extra in (("fresh", ()), ("inherited", ("--inherit",))):
+        code, printed, errors = lvnas(
+            "derive", out / "ranks.json", "--out", tmp_path / name, *extra, "--json"
+        )
+        assert code == 0, errors
+        assert json.loads(printed)["parameters"] == summary["parameters"]
+        facts = json.loads((tmp_path / name / "lvnas.json").read_text())
+        assert (facts["vision_features"], facts["pre_image_rows"]) == ("reference", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("codewords", "--method", "dart"), "unknown method 'dart'; allowed: darts, score"),
+        (("codeword",), "unknown task 'codeword'"),
+        (("codewords", "--ranks", "4,x"), "'4,x' are not whole numbers"),
+        (("codewords", "--ranks", "4"), "two or more different"),
+        (("codewords", "--option", "batches"), "not of the form NAME=VALUE"),
+        (("codewords", "--targets", "qkv"), "targets 'qkv' match no linear module"),
+        (("codewords", "--method", "uniform"), "give exactly one of params, ratio, like_uniform"),
+        (("codewords", "--method", "uniform", "--params", "1k"), "cannot be reached"),
+        (("codewords", "--method", "uniform", "--params", "many"), "not a number of parameters"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(lvnas, raw_tiny, tmp_path, arguments, message):
+    code, _, errors = lvnas("search", *arguments, "--base", raw_tiny, "--out", tmp_path / "out")
+    assert code == 2
+    assert message in errors.splitlines()[-1]
+    assert not (tmp_path / "out/ranks.json").exists()
+
+
+def test_derive_refuses_what_is_no_plan(lvnas, tmp_path):
+    (tmp_path / "ranks.json").write_text('{"model.language_model.layers.0.self_attn.q_proj": 4}')
+    code, _, errors = lvnas("derive", tmp_path / "ranks.json", "--out", tmp_path / "adapter")
+    assert code == 2 and "names no base; give one with --base" in errors
+    code, _, errors = lvnas("derive", tmp_path / "nothing.json", "--out", tmp_path / "adapter")
+    assert code == 2 and "no such file" in errors
