@@ -30,11 +30,14 @@ WORKLOADS = {"prefill-heavy": (64, 2), "decode-heavy": (8, 24), "near-pure decod
 @click.option("--rounds", default=3, show_default=True, help="Rounds of the stock columns.")
 @click.option("--inner", default=3, show_default=True, help="Turns of the ragged columns per round.")
 @click.option("--threads", default=0, help="OpenMP threads of each engine; 0: as many as cores.")
+@click.option("--graphs/--eager", default=False, help="Let the LoRA engines compile and capture CUDA graphs.")
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True)
 @click.option("--ranks", type=click.Path(path_type=Path), help="JSON of ranks to draw from.")
 @click.option("--compiled-base/--no-compiled-base", default=False, help="Also a base engine that compiles.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(adapters, hidden, intermediate, layers, rounds, inner, threads, clock, ranks, compiled_base, out):
+def main(
+    adapters, hidden, intermediate, layers, rounds, inner, threads, graphs, clock, ranks, compiled_base, out
+):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = random_models.base(folder / "base", hidden, intermediate, layers)
@@ -45,7 +48,7 @@ def main(adapters, hidden, intermediate, layers, rounds, inner, threads, clock, 
         folders = {"none": [None] * adapters, "mixed": list(map(str, mixed)), "u64": list(map(str, u64))}
         common = {"model": str(base), "max_num_seqs": adapters, "max_model_len": 256}
         common["max_num_batched_tokens"] = 1024
-        lora = {"enable_lora": True, "max_loras": adapters, "max_lora_rank": 64, "enforce_eager": True}
+        lora = {"enable_lora": True, "max_loras": adapters, "max_lora_rank": 64, "enforce_eager": not graphs}
         cores, stock = {"OMP_NUM_THREADS": str(threads or os.cpu_count())}, {"VLLM_PLUGINS": ""}
         lora["max_cpu_loras"] = 2 * adapters
         engines = {

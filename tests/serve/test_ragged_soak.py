@@ -101,7 +101,7 @@ def test_manager_under_random_operations_keeps_every_resident_exact(tmp_path: Pa
             except ValueError:
                 refused += 1
                 continue
-            start, moved = arena.take(step, elements)
+            _, moved = arena.take(step, elements)
             pack(sites, weights, table, arena.region(step))
             resident[step], tables[step] = weights, table
             loaded, moves = loaded + 1, moves + len(moved)

@@ -1,0 +1,87 @@
+"""Capacity from a manifest, from a number of bytes, or padded; and the switch itself."""
+
+import json
+
+import pytest
+from lvnas_vllm.ragged import SWITCH, capacity, enable, operator_path
+from lvnas_vllm.ragged.layout import Site
+
+from lvnas.errors import InputError
+
+SITES = [Site("qkv", 64, (64, 32, 32)), Site("o", 64, (64,))]
+PLACES = {"q": (0, 0), "k": (0, 1), "v": (0, 2), "o": (1, 0)}
+Q, K, O = 64 + 64, 64 + 32, 64 + 64  # elements per rank  # noqa: E741
+
+
+def write_pack(folder, *adapters):
+    manifest = {"format": "lvnas-pack/1", "adapters": [{"ranks": ranks} for ranks in adapters]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1500", 1500), ("512MiB", 2**29), ("2 GiB", 2**31), ("1.5kB", 1500), ("3 B", 3)]
+)
+def test_sizes(text, size):
+    assert capacity.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "0GiB", "-1", "2 gigs", "GiB", "1e9", "1 2"])
+def test_what_is_not_a_size(text):
+    with pytest.raises(InputError, match=r"not a memory size: .*; allowed: a number above 0"):
+        capacity.parse_bytes(text)
+
+
+def choose(slots, padded=9999):
+    return capacity.choose(SITES, slots, 2, padded, PLACES.get)
+
+
+def test_the_largest_adapters_of_the_pack(monkeypatch, tmp_path):
+    monkeypatch.delenv(capacity.MEMORY, raising=False)
+    pack = write_pack(tmp_path, {"q": 3, "o": 1}, {"q": 8, "k": 4}, {"q": 1, "elsewhere": 64}, {})
+    monkeypatch.setenv(capacity.PACK, str(pack))
+    sizes = [3 * Q + O, 8 * Q + 4 * K, Q]
+    assert capacity.manifest_sizes(pack, SITES, PLACES.get) == [*sizes, 0]
+    assert choose(1).elements == sizes[1]
+    assert choose(2).elements == sizes[1] + sizes[0]
+    assert choose(9).elements == sum(sizes)
+    assert choose(9).reserved
+    monkeypatch.setenv(capacity.PACK, str(pack / "manifest.json"))
+    assert choose(2).elements == sizes[1] + sizes[0]
+
+
+def test_bytes_win_when_they_can_hold_the_pack(monkeypatch, tmp_path):
+    monkeypatch.setenv(capacity.PACK, str(write_pack(tmp_path, {"q": 8}, {"q": 4})))
+    monkeypatch.setenv(capacity.MEMORY, "1MiB")
+    assert choose(2).elements == 2**19
+    monkeypatch.setenv(capacity.MEMORY, "1000")
+    with pytest.raises(
+        InputError, match=r"is 1000 bytes, but the 2 largest adapters of .* need 3072; raise it"
+    ):
+        choose(2)
+
+
+def test_padded_without_either(monkeypatch):
+    monkeypatch.delenv(capacity.PACK, raising=False)
+    monkeypatch.delenv(capacity.MEMORY, raising=False)
+    assert choose(2).elements == 9999 and not choose(2).reserved
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"adapters": 3}', '{"adapters": [{"name": "a"}]}', "{"])
+def test_what_is_not_a_manifest(monkeypatch, tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    monkeypatch.setenv(capacity.PACK, str(tmp_path))
+    with pytest.raises(InputError, match=r"not a pack manifest|not a JSON file"):
+        choose(1)
+
+
+def test_the_switch(monkeypatch):
+    monkeypatch.delenv(SWITCH, raising=False)
+    assert enable() is False
+    monkeypatch.setenv(SWITCH, "yes")
+    with pytest.raises(InputError, match=r"LVNAS_RAGGED='yes'; allowed: 0, 1"):
+        enable()
+
+
+def test_the_operator_path_is_said_in_words():
+    assert operator_path().startswith(("native: ", "pure torch: ", "Triton"))
