@@ -40,9 +40,15 @@ def main(registered, batch, tokens, hidden, intermediate, layers, turns, threads
         ]
         engine = Engine(
             {"LVNAS_RAGGED": "1", "OMP_NUM_THREADS": str(threads or os.cpu_count())},
-            model=str(base), max_num_seqs=batch, max_model_len=64, max_num_batched_tokens=1024,
-            enable_lora=True, max_loras=max(ACTIVE), max_cpu_loras=registered,
-            max_lora_rank=64, enforce_eager=True,
+            model=str(base),
+            max_num_seqs=batch,
+            max_model_len=64,
+            max_num_batched_tokens=1024,
+            enable_lora=True,
+            max_loras=max(ACTIVE),
+            max_cpu_loras=registered,
+            max_lora_rank=64,
+            enforce_eager=True,
         )
         everyone = [[1, folder] for folder in adapters]
         cold, warm = (engine.measure(everyone, 1) for _ in range(2))

@@ -17,7 +17,7 @@ from engine import Engine
 
 from lvnas.files import provenance, write_json
 
-COLUMNS = ("ragged none", "ragged mixed", "ragged u64", "stock mixed", "stock u64")
+COLUMNS = ("ragged none", "ragged mixed", "ragged u64", "stock mixed", "stock u64", "compiled none")
 WORKLOADS = {"prefill-heavy": (64, 2), "decode-heavy": (8, 24), "near-pure decode": (1, 32)}
 """Name -> (prompt tokens, new tokens) of each of the requests, one per adapter."""
 
@@ -30,13 +30,26 @@ WORKLOADS = {"prefill-heavy": (64, 2), "decode-heavy": (8, 24), "near-pure decod
 @click.option("--rounds", default=3, show_default=True, help="Rounds of the stock columns.")
 @click.option("--inner", default=3, show_default=True, help="Turns of the ragged columns per round.")
 @click.option("--threads", default=0, help="OpenMP threads of each engine; 0: as many as cores.")
+@click.option("--stock/--no-stock", default=True, help="Without the stock engine: the paired ratios alone.")
 @click.option("--graphs/--eager", default=False, help="Let the LoRA engines compile and capture CUDA graphs.")
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True)
 @click.option("--ranks", type=click.Path(path_type=Path), help="JSON of ranks to draw from.")
 @click.option("--compiled-base/--no-compiled-base", default=False, help="Also a base engine that compiles.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
-    adapters, hidden, intermediate, layers, rounds, inner, threads, graphs, clock, ranks, compiled_base, out
+    adapters,
+    hidden,
+    intermediate,
+    layers,
+    rounds,
+    inner,
+    threads,
+    stock,
+    graphs,
+    clock,
+    ranks,
+    compiled_base,
+    out,
 ):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -49,16 +62,16 @@ def main(
         common = {"model": str(base), "max_num_seqs": adapters, "max_model_len": 256}
         common["max_num_batched_tokens"] = 1024
         lora = {"enable_lora": True, "max_loras": adapters, "max_lora_rank": 64, "enforce_eager": not graphs}
-        cores, stock = {"OMP_NUM_THREADS": str(threads or os.cpu_count())}, {"VLLM_PLUGINS": ""}
+        cores, plain = {"OMP_NUM_THREADS": str(threads or os.cpu_count())}, {"VLLM_PLUGINS": ""}
         lora["max_cpu_loras"] = 2 * adapters
-        engines = {
-            "ragged": Engine({"LVNAS_RAGGED": "1"} | cores, **common, **lora),
-            "stock": Engine(stock | cores, **common, **lora),
-        }
+        engines = {"ragged": Engine({"LVNAS_RAGGED": "1"} | cores, **common, **lora)}
+        if stock:
+            engines["stock"] = Engine(plain | cores, **common, **lora)
         if compiled_base:
-            engines["compiled"] = Engine(stock | cores, **common)
+            engines["compiled"] = Engine(plain | cores, **common)
         mean = statistics.mean(rank for one in drawn for rank in one)
-        seconds = take_turns(engines, folders, rounds, inner, ("compiled none",) if compiled_base else ())
+        wanted = [column for column in COLUMNS if column.split()[0] in engines]
+        seconds = take_turns(engines, folders, rounds, inner, wanted)
         for engine in engines.values():
             engine.close()
     clocked = {
@@ -78,16 +91,16 @@ def main(
     write_json(out, {"config": config, "result": result, "seconds": seconds, "provenance": provenance()})
 
 
-def take_turns(engines, folders, rounds, inner, extra):
+def take_turns(engines, folders, rounds, inner, wanted):
     """Seconds of every turn: workload -> column -> list. The first turn of each column is a warm-up."""
-    seconds = {workload: {column: [] for column in (*COLUMNS, *extra)} for workload in WORKLOADS}
+    seconds = {workload: {column: [] for column in wanted} for workload in WORKLOADS}
 
     def turn(workload, column):
         engine, adapters = column.split()
         length, tokens = WORKLOADS[workload]
         return engines[engine].measure([[length, folder] for folder in folders[adapters]], tokens)
 
-    for column in (*COLUMNS, *extra):
+    for column in wanted:
         turn("near-pure decode", column)
     for workload, columns in seconds.items():
         for column in columns:
@@ -115,13 +128,12 @@ def summarise(seconds, adapters):
         ratios = [(none / mixed, none / u64) for none, mixed, u64 in pairs]
         result[workload] = {
             "tokens per second": speed,
-            "ragged mixed / stock u64": speed["ragged mixed"] / speed["stock u64"],
-            "ragged u64 / stock u64": speed["ragged u64"] / speed["stock u64"],
             "ragged mixed / no adapter": statistics.median(mixed for mixed, _ in ratios),
             "ragged u64 / no adapter": statistics.median(u64 for _, u64 in ratios),
         }
-        if "compiled none" in speed:
-            result[workload]["ragged mixed / compiled base"] = speed["ragged mixed"] / speed["compiled none"]
+        for other in {"stock u64", "stock mixed", "compiled none"} & speed.keys():
+            for ours in ("ragged mixed", "ragged u64"):
+                result[workload][f"{ours} / {other}"] = speed[ours] / speed[other]
     return result
 
 

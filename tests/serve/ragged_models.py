@@ -64,13 +64,38 @@ def llama(folder: Path) -> Path:
     return folder
 
 
+def phi3(folder: Path) -> Path:
+    """One projection for q, k and v and one for gate and up, in the checkpoint and in its adapters."""
+    config = transformers.Phi3Config(
+        hidden_size=128,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = transformers.Phi3ForCausalLM(config).float()
+    randomise(model, 0)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def qwen2_vl(folder: Path) -> Path:
     tokenizer = make_tokenizer()
     marks = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
     tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
     ids = dict(zip(marks, tokenizer.convert_tokens_to_ids(list(marks)), strict=True))
     config = transformers.Qwen2VLConfig(
+        bos_token_id=None,
+        eos_token_id=None,
         text_config={
+            "bos_token_id": None,
+            "eos_token_id": None,
             "hidden_size": 128,
             "intermediate_size": 160,
             "num_hidden_layers": 3,

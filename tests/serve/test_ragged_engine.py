@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from lvnas_vllm.ragged.arena import aligned
-from ragged_models import VOCABULARY, Peft, adapter, llama, qwen2_vl, run_job
+from ragged_models import VOCABULARY, Peft, adapter, llama, phi3, qwen2_vl, run_job
 
 ENGINE = {"enable_lora": True, "max_lora_rank": 16, "max_model_len": 192, "max_num_seqs": 8, "max_loras": 3}
 
@@ -146,15 +146,22 @@ def test_alignment_is_the_only_overhead():
     assert aligned(33) - 33 < 32
 
 
-def test_qwen2_vl_text(tmp_path):
-    """Text only: its image processor needs torchvision, which the CPU install leaves out.
+@pytest.mark.parametrize("make", [phi3, qwen2_vl])
+def test_other_models(tmp_path, make):
+    """Fused projections with one adapter slice (Phi-3), and a multimodal model (Qwen2-VL), here with text only.
 
-    LoRA in a vision tower is tested on Mllama, whose parity suite runs with LVNAS_RAGGED=1 below.
+    vLLM cannot load Qwen2-VL without torchvision, which the CPU install leaves out. LoRA in a vision tower is
+    tested on Mllama, whose parity suite runs with LVNAS_RAGGED=1 below.
     """
-    base = qwen2_vl(tmp_path / "qwen2-vl")
-    adapters = {f"v{i}": adapter(base, tmp_path / f"v{i}-vl", 20 + i) for i in range(3)}
+    limits = {}
+    if make is qwen2_vl:
+        pytest.importorskip("torchvision")
+        limits = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+    base = make(tmp_path / make.__name__)
+    suffix = "-vl" if make is qwen2_vl else ""
+    adapters = {f"v{i}": adapter(base, tmp_path / f"v{i}{suffix}", 20 + i) for i in range(3)}
     asks = requests(3, [None, *adapters], 12)
-    engine = {"model": str(base), **ENGINE, "max_loras": 2, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+    engine = {"model": str(base), **ENGINE, "max_loras": 2, **limits}
     (ours, state), _ = run_job(tmp_path / "job", True, [["generate", asks, 6], ["state"]], adapters, **engine)
     oracle = Peft(base, adapters)
     for (prompt, name), (ids, _) in zip(asks, ours, strict=True):

@@ -55,6 +55,8 @@ class RaggedModelManager(LRUCacheLoRAModelManager):
             row += site.slices
         # On CPU a registered adapter owns its region until it leaves the registry.
         self._registered_adapters.deactivate_fn = self._unregister
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper.serves_padded = len(self.covered) < len(self.modules)
         report.start(self, padded * dtype.itemsize, kwargs["vllm_config"])
 
     def create_dummy_lora(self, *args: Any, **kwargs: Any) -> LoRAModel:
@@ -160,8 +162,13 @@ class RaggedWorkerManager(LRUCacheWorkerLoRAManager):
     def add_adapter(self, lora_request: Any) -> bool:
         manager: RaggedModelManager = self._adapter_manager
         known = lora_request.lora_int_id in manager.packed and not lora_request.load_inplace
+        if known:
+            # vLLM comes here for every adapter of every step, and copies its registry each time.
+            manager.get_adapter(lora_request.lora_int_id)
+            manager.activate_adapter(lora_request.lora_int_id)
+            return True
         start = time.perf_counter()
         added = super().add_adapter(lora_request)
-        if not known and lora_request.lora_int_id in manager.packed:
+        if lora_request.lora_int_id in manager.packed:
             report.load(manager, lora_request, time.perf_counter() - start)
         return added

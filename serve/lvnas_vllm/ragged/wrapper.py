@@ -15,11 +15,14 @@ class RaggedWrapperCPU(PunicaWrapperCPU):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.runs = self.sampler_runs = NO_RUNS
+        self.serves_padded = True
+        """Whether any layer uses vLLM's own operators and needs their metadata; the manager knows."""
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any
     ) -> None:
-        super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
+        if self.serves_padded:
+            super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
         self.runs = find_runs(token_slots(mapping.index_mapping, lora_index_to_id))
         self.sampler_runs = find_runs(token_slots(mapping.prompt_mapping, lora_index_to_id))
 
