@@ -126,46 +126,63 @@ class AdapterConfig:
 
 
 class Pattern:
-    """Regular expressions for module names with a value each, matched in bounded time."""
+    """Regular expressions for module names with a value each, matched in bounded time.
+
+    Keys that are only a dotted name, the usual case, are looked up or compared: hundreds of keys meet hundreds of
+    modules. The others go to a regular expression engine that can be stopped.
+    """
 
     def __init__(self, path: Path, what: str, values: dict[str, Any], whole: bool = False) -> None:
         """`whole`: they match the whole name (`target_modules`), not its end (`rank_pattern`)."""
-        self.path, self.values, self.whole = path, values, whole
+        self.path, self.whole = path, whole
+        self._values = list(values.values())
         self.seconds = PATTERN_SECONDS
-        self._keys = [(key, None if whole else _plain(key)) for key in values]
-        for key, plain in self._keys:
-            if plain is None:
+        self._names: dict[tuple[str, bool], int] = {}
+        """(name, anchored) -> place of its key, for keys whose dots are escaped."""
+        self._others: list[tuple[int, str, str | None]] = []
+        """(place, key, its name if that is all it is but for unescaped dots), in order."""
+        for place, key in enumerate(values):
+            name = None if whole else _dotted_name(key)
+            if name is None:
                 _compile(path, what, key)
+            if name is not None and ("." not in name or "\\." in key):
+                self._names.setdefault((name, key.startswith("^")), place)
+            else:
+                self._others.append((place, key, name))
 
     def match(self, module: str) -> Any:
         """The value of the first key that matches `module`, or None.
 
         Raises:
-            BrokenFile: all calls together have taken PATTERN_SECONDS.
+            BrokenFile: its regular expressions have taken PATTERN_SECONDS in all.
         """
-        start = time.thread_time()
-        try:
-            for key, plain in self._keys:
-                if self._matches(key, plain, module):
-                    return self.values[key]
-            return None
-        finally:
-            self.seconds -= time.thread_time() - start
+        found = [self._names.get((ending, False)) for ending in _endings(module)] if self._names else []
+        found.append(self._names.get((module, True)))
+        first = min((place for place in found if place is not None), default=len(self._values))
+        for place, key, name in self._others:
+            if place > first:
+                break
+            if self._ends(key, name, module) if name is not None else self._searches(key, module):
+                first = place
+                break
+        return self._values[first] if first < len(self._values) else None
 
-    def _matches(self, key: str, plain: "tuple[str, bool] | None", module: str) -> bool:
-        if plain is not None:  # without a regular expression: hundreds of keys meet hundreds of modules
-            literal, anchored = plain
-            cut = len(module) - len(literal)
-            if cut < 0 or (cut and (anchored or module[cut - 1] != ".")):
-                return False
-            end = module[cut:]
-            # An unescaped dot of the key can stand for another character only if the numbers of dots differ.
-            if end == literal or end.count(".") == literal.count("."):
-                return end == literal
+    def _ends(self, key: str, name: str, module: str) -> bool:
+        """Whether `module` ends in `name` at a dot; each dot of `name` stands for any character."""
+        cut = len(module) - len(name)
+        if cut < 0 or (cut and (key.startswith("^") or module[cut - 1] != ".")):
+            return False
+        end = module[cut:]
+        if end == name or end.count(".") == name.count("."):
+            return end == name
+        return all(wanted in (".", found) for wanted, found in zip(name, end, strict=True))
+
+    def _searches(self, key: str, module: str) -> bool:
         if self.seconds <= 0:
             raise BrokenFile(
                 self.path, "slow-pattern", f"its patterns take more than {PATTERN_SECONDS} s to match"
             )
+        start = time.thread_time()
         try:
             if self.whole:
                 return regex.fullmatch(key, module, timeout=self.seconds) is not None
@@ -176,6 +193,8 @@ class Pattern:
             ) from None
         except (regex.error, RecursionError, MemoryError) as error:
             raise BrokenFile(self.path, "bad-pattern", f"{shorten(key)}: {error}") from None
+        finally:
+            self.seconds -= time.thread_time() - start
 
 
 def _compile(path: Path, what: str, key: str) -> None:
@@ -187,12 +206,12 @@ def _compile(path: Path, what: str, key: str) -> None:
         raise BrokenFile(path, "bad-pattern", f"{what} key {shorten(key)}: {error}") from None
 
 
-def _plain(key: str) -> tuple[str, bool] | None:
-    """(name, anchored) if `key` is only a dotted name, its dots escaped or not, with or without ^ and $."""
+def _dotted_name(key: str) -> str | None:
+    """The name if `key` is only that, its dots all escaped or all not, with or without ^ and $."""
     body = key.removeprefix("^").removesuffix("$")
-    if not re.fullmatch(r"\w+(?:\\?\.\w+)*", body, re.ASCII):
+    if not re.fullmatch(r"\w+(?:(?:\.\w+)*|(?:\\\.\w+)*)", body, re.ASCII):
         return None
-    return body.replace("\\.", "."), key.startswith("^")
+    return body.replace("\\.", ".")
 
 
 def read_config(folder: Path, inside: Path) -> AdapterConfig:

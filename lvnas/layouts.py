@@ -14,7 +14,7 @@ from lvnas.errors import InputError
 from lvnas.lora_modules import Factored
 from lvnas.modules import rank_pattern_key
 from lvnas.tensorfile import Planned
-from lvnas.values import as_bytes, torch_dtype
+from lvnas.values import as_bytes, one_thread, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,10 @@ class Layout:
         """
         dtype, max_rank = torch_dtype(self.dtype), self.max_rank
         for module in self.modules.values():
+            yield from self._module_data(module, dtype, max_rank)
+
+    def _module_data(self, module: Factored, dtype: Any, max_rank: int) -> list[memoryview]:
+        with one_thread():
             a_RD, b_OR = module.factors()
             scale = module.scale if self.padded else 1.0
             a_RD = _cast(a_RD, dtype, module.name)
@@ -78,8 +82,7 @@ class Layout:
             if self.padded and module.rank < max_rank:
                 a_RD = _padded(a_RD, (max_rank, module.in_features))
                 b_OR = _padded(b_OR, (module.out_features, max_rank))
-            yield as_bytes(a_RD)
-            yield as_bytes(b_OR)
+            return [as_bytes(a_RD), as_bytes(b_OR)]
 
     def config(self, **facts: Any) -> dict[str, Any]:
         """adapter_config.json: `facts` (base, task type) and all that decides the arithmetic."""

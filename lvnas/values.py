@@ -1,5 +1,7 @@
 """A tensor's bytes as a torch tensor and back, and the check that every value is finite."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,6 +56,19 @@ def as_tensor(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> "T
     if not data:
         return torch.empty(shape, dtype=torch_dtype(dtype))
     return torch.frombuffer(data, dtype=torch_dtype(dtype)).reshape(shape)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: factors are small, and on a busy machine its threads wait for each other at every one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def as_bytes(tensor: "Tensor") -> memoryview:

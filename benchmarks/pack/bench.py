@@ -35,13 +35,14 @@ from lvnas.ranks import RankPlan
 
 BASE = "llama-3.2-11b-vision"
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 from lvnas.adapters import read_adapter
 from lvnas.pack import pack
 from lvnas.prepare import PackOptions
 pack([read_adapter(Path(sys.argv[1]))], Path(sys.argv[2]), PackOptions(layout=sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(int(status["VmHWM"].split()[0]) * 1024)
 """
 
 
