@@ -46,7 +46,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(
-    tokenizer: PreTrainedTokenizerFast, *, image_size: int = 28, tie: bool = False, **text: object
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    image_size: int = 28,
+    tie: bool = False,
+    vision: Mapping[str, int] | None = None,
+    **text: object,
 ) -> MllamaConfig:
     """Six text layers, two of them cross-attention; four local and two global vision layers."""
     image = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -61,6 +66,7 @@ def make_config(
             "patch_size": 14,
             "intermediate_layers_indices": [0, 1, 3],
             "vision_output_dim": 32 * 4,
+            **(vision or {}),
         },
         text_config={
             "vocab_size": image,

@@ -21,19 +21,21 @@ class Oracle:
         adapters: Mapping[str, Path],
         features: str = "reference",
         pre_image_rows: str = "transformers",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        model = MllamaForConditionalGeneration.from_pretrained(
-            base, attn_implementation="eager", dtype=torch.float32
-        )
-        self.model = set_vision_features(model.eval(), features)
+        model = MllamaForConditionalGeneration.from_pretrained(base, attn_implementation="eager", dtype=dtype)
+        self.model = set_vision_features(model.eval().to(device), features)
         if pre_image_rows == "reference":
             mask_attention_too(self.model)
         self.processor = AutoProcessor.from_pretrained(base)
         for name, folder in adapters.items():
             if isinstance(self.model, peft.PeftModel):
-                self.model.load_adapter(folder, name)
+                self.model.load_adapter(folder, name, autocast_adapter_dtype=False)
             else:
-                self.model = peft.PeftModel.from_pretrained(self.model, folder, name)
+                self.model = peft.PeftModel.from_pretrained(
+                    self.model, folder, name, autocast_adapter_dtype=False
+                )
 
     def prompt_ids(self, case: Case) -> list[int]:
         return self.processor.tokenizer(case.text, add_special_tokens=False).input_ids
@@ -43,6 +45,7 @@ class Oracle:
         """Log probabilities [len(generated), vocabulary] of each generated token's place."""
         prompt = self.prompt_ids(case)
         inputs = {"input_ids": torch.tensor([[*prompt, *generated]])}
+        model = self._adapted(case.adapter)
         if case.images:
             images = self.processor(
                 images=[case.images], text=[case.text], add_special_tokens=False, return_tensors="pt"
@@ -53,8 +56,8 @@ class Oracle:
             inputs["cross_attention_mask"] = torch.cat([mask, grown], dim=1)
             for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
                 inputs[name] = images[name]
-        logits = self._adapted(case.adapter)(**inputs).logits[0]
-        return logits[len(prompt) - 1 : -1].log_softmax(-1)
+        logits = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits[0]
+        return logits[len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
 
     def _adapted(self, adapter: str | None) -> torch.nn.Module:
         if not isinstance(self.model, peft.PeftModel):

@@ -22,7 +22,8 @@ def run(folder: Path, **variant: object) -> dict:
 
 def test_preempted_requests_keep_their_own_images(tmp_path: Path) -> None:
     """A cache so small that requests are preempted and resumed beside new ones."""
-    engine = {"block_size": 32, "num_gpu_blocks_override": 40, "max_num_seqs": 8, "max_model_len": 192}
+    limits = {"max_num_seqs": 8, "max_model_len": 192, "max_num_batched_tokens": 192}
+    engine = {"block_size": 32, "num_gpu_blocks_override": 40, **limits}
     result = run(
         tmp_path, adapters=["everything", "vision-1", "cross-kv-1"], engine=engine, count=32, tokens=48
     )
