@@ -1,5 +1,6 @@
 """kill -9 at random moments: the pack is the old one or the new one, never between, and the next run finishes it."""
 
+import contextlib
 import os
 import random
 import signal
@@ -90,7 +91,8 @@ def kill_at_random_points(sources: Path, tmp_path: Path, points: int) -> int:
             before = pack(old, out, PackOptions(layout="group"))
             child = packer.start(sources, out)
             time.sleep(chance.uniform(0, duration))
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was done already
+                os.kill(child, signal.SIGKILL)
             killed += packer.line() == ["end", "9"]
             found = read_manifest(out)
             assert found == (before if len(found["adapters"]) == 1 else wanted)
