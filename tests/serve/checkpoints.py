@@ -49,7 +49,6 @@ def make_config(
     tokenizer: PreTrainedTokenizerFast,
     *,
     image_size: int = 28,
-    tie: bool = False,
     vision: Mapping[str, int] | None = None,
     **text: object,
 ) -> MllamaConfig:
@@ -85,14 +84,12 @@ def make_config(
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 128,
             },
-            "tie_word_embeddings": tie,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             **text,
         },
         image_token_index=image,
-        tie_word_embeddings=tie,
     )
 
 
@@ -112,13 +109,13 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 weight.copy_(0.3 * noise)
 
 
-def make_checkpoint(folder: Path, seed: int = 0, **config: object) -> Path:
-    """Writes config, weights, tokenizer, processor and chat template to `folder`."""
+def make_checkpoint(folder: Path, seed: int = 0, tie: bool = False, **config: object) -> Path:
+    """Writes config, weights, tokenizer, processor and chat template to `folder`; `tie` copies the head."""
     tokenizer = make_tokenizer()
     mllama = make_config(tokenizer, **config)
     model = MllamaForConditionalGeneration(mllama).float()
     randomise(model, seed)
-    if mllama.tie_word_embeddings:
+    if tie:
         model.lm_head.weight.data.copy_(
             model.model.language_model.embed_tokens.weight[: len(model.lm_head.weight)]
         )
@@ -131,23 +128,29 @@ def make_checkpoint(folder: Path, seed: int = 0, **config: object) -> Path:
     return folder
 
 
-def to_hub_layout(folder: Path) -> None:
-    """Renames the weights in `folder` to the Hub's names (transformers < 4.50); a tied head is left out."""
+def to_module_names(folder: Path, drop_head: bool = False) -> None:
+    """Renames the weights in `folder` to transformers 5's module names; can leave a tied head out.
+
+    transformers saves the Hub's names (those of transformers < 4.50).
+    """
     path = folder / "model.safetensors"
-    old = {
-        "model.vision_model.": "vision_model.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "model.language_model.": "language_model.model.",
-        "lm_head.": "language_model.lm_head.",
+    new = {
+        "vision_model.": "model.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
     }
     renamed = {}
-    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     for name, weight in load_file(path).items():
-        if tied and name == "lm_head.weight":
-            continue
-        prefix = next(prefix for prefix in old if name.startswith(prefix))
-        renamed[old[prefix] + name.removeprefix(prefix)] = weight
+        prefix = next(prefix for prefix in new if name.startswith(prefix))
+        renamed[new[prefix] + name.removeprefix(prefix)] = weight
+    if drop_head:
+        del renamed["lm_head.weight"]
     save_file(renamed, path, metadata={"format": "pt"})
+    if drop_head:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["tie_word_embeddings"] = True
+        (folder / "config.json").write_text(json.dumps(config))
 
 
 def make_adapter(

@@ -31,9 +31,13 @@ def test_preempted_requests_keep_their_own_images(tmp_path: Path) -> None:
     assert (result["same"], result["worst"] < 1e-4) == (result["cases"], True), result
 
 
-def test_hub_layout_tied_head_and_the_semantics_of_transformers(tmp_path: Path) -> None:
+def test_module_names_tied_head_and_the_semantics_of_transformers(tmp_path: Path) -> None:
     result = run(
-        tmp_path, checkpoint={"tie": True}, hub_layout=True, semantics={"features": "transformers"}, count=40
+        tmp_path,
+        checkpoint={"tie": True},
+        module_names=True,
+        semantics={"features": "transformers"},
+        count=40,
     )
     assert (result["same"], result["worst"] < 1e-4) == (result["cases"], True), result
 

@@ -9,7 +9,7 @@ import conftest
 
 def main(folder: Path, variant: dict) -> dict:
     from cases import draw_cases
-    from checkpoints import make_adapter, make_checkpoint, to_hub_layout
+    from checkpoints import make_adapter, make_checkpoint, to_module_names
     from oracle import Oracle
     from served import Engine, compare
 
@@ -20,8 +20,8 @@ def main(folder: Path, variant: dict) -> dict:
     }
     semantics = variant.get("semantics", {})
     oracle = Oracle(base, adapters, **semantics)
-    if variant.get("hub_layout"):
-        to_hub_layout(base)
+    if variant.get("module_names"):
+        to_module_names(base, drop_head=variant.get("checkpoint", {}).get("tie", False))
     renamed = {"features": "vision_features", "pre_image_rows": "pre_image_rows"}
     overrides = {renamed[name]: value for name, value in semantics.items()}
     lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16} if adapters else {}
