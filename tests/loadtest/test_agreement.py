@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/loadtest/agreement.py"
 
 
 @pytest.mark.full
-def test_same_numbers_as_vllm_bench_serve(serve, tmp_path):
+def test_same_numbers_as_vllm_bench_serve(priority, serve, tmp_path):
     """Throughput within 5%, median TTFT and TPOT within 10%, on a server whose delays do not depend on the client."""
     pytest.importorskip("vllm.benchmarks.serve")
     from lvnas.bases.tiny_processor import build_processor, save_processor
