@@ -53,14 +53,14 @@ class Server:
         self._wait(log)
 
     def _wait(self, log: Path) -> None:
-        for _ in range(300):
+        for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
                 return
             except OSError:
                 assert self.process.poll() is None, log.read_text()[-3000:]
                 time.sleep(1)
-        raise AssertionError(f"no server after 300 s: {log.read_text()[-3000:]}")
+        raise AssertionError(f"no server after 600 s: {log.read_text()[-3000:]}")
 
     def get(self, path: str) -> Any:
         return json.loads(urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60).read())
@@ -76,7 +76,8 @@ class Server:
                 text = answer.read().decode()
                 return answer.status, text if body.get("stream") else json.loads(text)
         except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())["error"]["message"]
+            answer = json.loads(error.read())
+            return error.code, answer.get("error", {}).get("message", answer)
 
     def chat(self, parts: Any, model: str = "everything", **options: Any) -> tuple[int, Any]:
         messages = parts if parts and "role" in parts[0] else [{"role": "user", "content": parts}]
@@ -146,14 +147,10 @@ def test_streams_the_same_text(server: Server) -> None:
 
 
 def test_structured_output_n_and_stop(server: Server) -> None:
-    schema = {"type": "object", "properties": {"even": {"type": "boolean"}}, "required": ["even"]}
-    wanted = {
-        "type": "json_schema",
-        "json_schema": {"name": "a", "schema": {**schema, "additionalProperties": False}},
-    }
-    bias = {"bad_words": [" ", "\n", "\t", "\r"]}
-    status, answer = server.chat([part(picture(40, 20)), TEXT], response_format=wanted, max_tokens=60, **bias)
-    assert status == 200 and set(json.loads(answer["choices"][0]["message"]["content"])) == {"even"}
+    schema = {"type": "json_schema", "json_schema": {"name": "parity", "schema": {"enum": ["even", "odd"]}}}
+    status, answer = server.chat([part(picture(40, 20)), TEXT], response_format=schema, max_tokens=20)
+    assert status == 200, answer
+    assert json.loads(answer["choices"][0]["message"]["content"]) in ("even", "odd")
     status, answer = server.chat([part(picture(40, 20)), TEXT], n=3, temperature=1.0, seed=1, stop=["e"])
     assert status == 200 and len(answer["choices"]) == 3
 
