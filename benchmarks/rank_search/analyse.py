@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-RESAMPLES = 5000
+RESAMPLES = 1000
 ORDER = (
     "score", "removal", "size", "uniform", "darts", "adalora", "eva", "text-only", "vision-only",
     "score-permuted", "score-inverted",
