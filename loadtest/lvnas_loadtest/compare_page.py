@@ -34,6 +34,8 @@ def comparison_page(comparison: Mapping[str, Any]) -> Page:
         problems += [
             f"{name}: {reason}" for reason in sorted({r for value in values for r in value["saturated"]})
         ]
+        if empty := sum(not value["completed"] for value in values):
+            problems.append(f"{name} answered no counted request in {empty} of {len(values)} rounds")
         if wrong := sum(value["wrong_adapter"] or 0 for value in values):
             problems.append(f"{name} answered {wrong} times with a wrong adapter")
     plots = [

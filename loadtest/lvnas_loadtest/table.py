@@ -91,6 +91,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 def problems(result: Mapping[str, Any]) -> list[str]:
     """What makes the run a bad one, a sentence each."""
     found = [f"do not trust the latencies: {reason}" for reason in result["generator"]["saturated"]]
+    if not result["completed"]:
+        found.append("no counted request was answered; give it a longer --duration, or see the errors")
     if result["canary"] and result["canary"]["wrong"]:
         wrong = next(event for event in result["canary"]["events"] if event["verdict"].startswith("wrong"))
         found.append(f"the server answered for {wrong['adapter']} with another adapter ({wrong['verdict']})")

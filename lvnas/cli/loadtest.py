@@ -91,6 +91,8 @@ def run(url: str, pack: Path | None, models: str | None, out: Path, as_json: boo
     # A pipe has no width; the table needs more than rich's 80 columns.
     table.show(result, Console(width=None if sys.stdout.isatty() else 140))
     click.echo(f"report: {out / 'report.html'}", err=True)
+    if not result["completed"]:
+        raise click.ClickException("no counted request was answered")
     if result["canary"] and result["canary"]["wrong"]:
         raise click.ClickException("the server used a wrong adapter; see the canary answers in the report")
 
