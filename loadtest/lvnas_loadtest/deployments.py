@@ -7,13 +7,16 @@ in both lists share a name in the load, so that every deployment gets the same r
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lvnas.adapters import Adapter
 from lvnas.errors import InputError, unknown
 from lvnas.files import read_json
 from lvnas_loadtest.packs import read_pack
 from lvnas_loadtest.server import check_url_models
 from lvnas_loadtest.workload import normal_url
+
+if TYPE_CHECKING:
+    from lvnas.adapters import Adapter
 
 KINDS = {
     "base": (None, None),
@@ -114,7 +117,7 @@ def _running(name: str, url: str, labels: Sequence[str]) -> Deployment:
     )
 
 
-def _base(adapters: Sequence[Adapter], labels: Sequence[str]) -> Deployment:
+def _base(adapters: Sequence["Adapter"], labels: Sequence[str]) -> Deployment:
     base = adapters[0].base if adapters else None
     if base is None:
         raise InputError(
@@ -124,7 +127,7 @@ def _base(adapters: Sequence[Adapter], labels: Sequence[str]) -> Deployment:
 
 
 def _packed(
-    name: str, found: dict[str, list[Adapter]], labels: Sequence[str], folder: Path, slots: int | None
+    name: str, found: dict[str, list["Adapter"]], labels: Sequence[str], folder: Path, slots: int | None
 ) -> Deployment:
     from lvnas.pack import PackOptions, pack
 

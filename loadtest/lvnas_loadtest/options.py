@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvnas.errors import InputError
 from lvnas_loadtest import specs
-from lvnas_loadtest.deployments import Deployment
 from lvnas_loadtest.packs import Pack, read_pack
 from lvnas_loadtest.server import served_adapters
 from lvnas_loadtest.workload import Workload
+
+if TYPE_CHECKING:
+    from lvnas_loadtest.deployments import Deployment
 
 DURATIONS = ("duration", "warmup", "timeout", "churn", "canary_every")
 
@@ -36,7 +38,7 @@ def make_workload(url: str, pack: Path | None, models: str | None, options: Mapp
     )
 
 
-def labels(deployments: Sequence[Deployment]) -> list[str]:
+def labels(deployments: Sequence["Deployment"]) -> list[str]:
     """The names that every deployment serves, in the first one's order.
 
     Raises:
