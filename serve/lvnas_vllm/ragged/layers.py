@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from vllm.lora.layers import LogitsProcessorWithLoRA
+from vllm.lora.layers import ClassificationHeadWithLoRA, LogitsProcessorWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from lvnas_vllm.ragged.layout import Pair, Site
@@ -95,9 +95,7 @@ def ragged(layer: type) -> type:
     Covered: every linear layer that is not fully sharded, and the language model head.
     """
     mixin = RaggedLogits if layer is LogitsProcessorWithLoRA else RaggedLinear
-    if (
-        not issubclass(layer, BaseLinearLayerWithLoRA | LogitsProcessorWithLoRA)
-        or "Sharded" in layer.__name__
-    ):
+    covered = issubclass(layer, BaseLinearLayerWithLoRA | LogitsProcessorWithLoRA)
+    if not covered or "Sharded" in layer.__name__ or layer is ClassificationHeadWithLoRA:
         return layer
     return type(f"Ragged{layer.__name__}", (mixin, layer), {"__doc__": layer.__doc__})
