@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_BITS = {  # dtype -> (unsigned type of that width, all bits but the sign, infinity: more than that is NaN)
-    "F32": ("<u4", 0x7FFFFFFF, 0x7F800000),
-    "F16": ("<u2", 0x7FFF, 0x7C00),
-    "BF16": ("<u2", 0x7FFF, 0x7F80),
+_BITS = {  # dtype -> (width in bytes, the bits of infinity; more than that, but for the sign, is NaN)
+    "F32": (4, 0x7F800000),
+    "F16": (2, 0x7C00),
+    "BF16": (2, 0x7F80),
 }
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """torch's names -> safetensors' names."""
@@ -39,11 +39,14 @@ def check_finite(tensor: TensorInfo, data: bytes | bytearray) -> None:
     Raises:
         BrokenFile: there is one.
     """
-    unsigned, magnitude, infinity = _BITS[tensor.dtype]
-    bits = np.frombuffer(data, unsigned) & np.dtype(unsigned).type(magnitude)
-    if bits.size and bits.max() >= infinity:
-        at = int(np.argmax(bits >= infinity))
-        kind = "an infinity" if bits[at] == infinity else "a NaN"
+    width, infinity = _BITS[tensor.dtype]
+    bits, sign = np.frombuffer(data, f"<u{width}"), 1 << (8 * width - 1)
+    # As signed numbers the positive ones that are not finite are the largest, as unsigned ones the negative ones are:
+    # two maxima need no copy.
+    if bits.size and (bits.view(f"<i{width}").max() >= infinity or bits.max() >= sign + infinity):
+        magnitudes = bits & bits.dtype.type(sign - 1)
+        at = int(np.argmax(magnitudes >= infinity))
+        kind = "an infinity" if magnitudes[at] == infinity else "a NaN"
         raise BrokenFile(
             tensor.path, "not-finite", f"tensor {tensor.name!r} holds {kind}, first at element {at}"
         )

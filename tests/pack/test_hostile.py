@@ -19,7 +19,8 @@ from lvnas.adapter_config import _REFUSED
 from lvnas.adapters import check_base, read_adapter
 from lvnas.errors import InputError
 from lvnas.pack import PackOptions, pack
-from lvnas.tensorfile import MAX_HEADER, BrokenFile
+from lvnas.tensorfile import MAX_HEADER, BrokenFile, TensorInfo
+from lvnas.values import as_bytes, check_finite
 
 Q = TEXT.format(0, "q_proj")
 A = f"base_model.model.{Q}.lora_A.weight"
@@ -274,6 +275,24 @@ def test_values_that_are_not_finite(
     assert caught.value.reason == "not-finite"
     assert not list((tmp_path / "pack").glob("adapters/*"))
     assert not list((tmp_path / "pack").glob("adapters/.*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_of_two_bytes_is_judged_rightly(dtype: torch.dtype) -> None:
+    every = torch.arange(65536).to(torch.uint16).view(dtype)
+    is_finite = every.isfinite()
+
+    def accepted(values: torch.Tensor) -> bool:
+        data = bytearray(as_bytes(values))
+        name = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+        try:
+            check_finite(TensorInfo(Path("x"), "t", name, tuple(values.shape), 0, len(data)), data)
+        except BrokenFile:
+            return False
+        return True
+
+    assert accepted(every[is_finite])
+    assert not any(accepted(every[index : index + 1]) for index in (~is_finite).nonzero().flatten().tolist())
 
 
 def test_another_base_or_shape(tmp_path: Path) -> None:
