@@ -171,4 +171,4 @@ def test_a_slice_of_the_fuzzing(mutator: Mutator, folder: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_a_hundred_thousand_inputs(mutator: Mutator, folder: Path) -> None:
     seen = fuzz(mutator, folder, range(100_000, 200_000))
-    assert len(seen) > 35, seen
+    assert len(seen) >= 30, seen
