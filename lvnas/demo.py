@@ -88,6 +88,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             answers = [_ask(url, adapter.name, out / "images") for adapter in adapters]
             with _stage("load test", seconds):
                 load = ["--users", str(config.users), "--duration", config.duration, "--warmup", "5s"]
+                load += ["--allow-saturated"]  # two cores run the server and its load; the report says so
                 _verb(["loadtest", url, "--pack", str(pack), *load, "--out", str(out / "loadtest")], None)
     total = sum(value for name, value in seconds.items() if name != "load test")
     summary = {"seconds": seconds | {"total": total}, "peak_memory_bytes": peak(), "answers": answers}

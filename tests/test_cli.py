@@ -107,6 +107,10 @@ def test_ctrl_c_leaves_no_half_written_output(raw_tiny, tmp_path):
 
 def test_the_help_page_is_in_step():
     done = subprocess.run(
-        [sys.executable, "scripts/help-page", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "scripts/help-page", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

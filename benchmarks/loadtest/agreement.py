@@ -13,13 +13,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from lvnas.files import provenance, write_json
 from lvnas_loadtest.plan import Plan
 from lvnas_loadtest.prompts import Prompts
 from lvnas_loadtest.run import run
 from lvnas_loadtest.session import measure_tokens_per_word
 from lvnas_loadtest.workload import Workload
-
-from lvnas.files import provenance, write_json
 
 FIELDS = ("output_throughput", "request_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms",
           "median_e2el_ms", "total_input_tokens", "total_output_tokens", "completed", "duration")  # fmt: skip

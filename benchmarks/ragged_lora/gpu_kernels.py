@@ -11,14 +11,14 @@ from pathlib import Path
 import click
 import torch
 import triton
-from lvnas_vllm.ragged.arena import Arena
-from lvnas_vllm.ragged.layout import Site, plan
-from lvnas_vllm.ragged.torch_ops import SiteWeights
-from lvnas_vllm.ragged.triton_ops import add_ragged_lora
 from random_models import draw_ranks
 from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
 from lvnas.files import provenance, write_json
+from lvnas_vllm.ragged.arena import Arena
+from lvnas_vllm.ragged.layout import Site, plan
+from lvnas_vllm.ragged.torch_ops import SiteWeights
+from lvnas_vllm.ragged.triton_ops import add_ragged_lora
 
 SITE = Site("gate_up", 4096, (14336, 14336))
 ACTIVE = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import click
 import torch
-from lvnas_vllm.ragged.arena import Arena
-from lvnas_vllm.ragged.layout import Site, plan
 from random_models import CHOICES
 
 from lvnas.files import provenance, write_json
 from lvnas.modules import canonical_name, find_targets
+from lvnas_vllm.ragged.arena import Arena
+from lvnas_vllm.ragged.layout import Site, plan
 
 ELEMENT_BYTES = 2
 

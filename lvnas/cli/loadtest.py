@@ -71,10 +71,11 @@ def run(url: str, pack: Path | None, models: str | None, out: Path, as_json: boo
     """Send load to the server at URL and report per adapter and per rank class."""
     import shlex
 
+    from rich.console import Console
+
     from lvnas_loadtest import saturation, table
     from lvnas_loadtest.options import make_workload
     from lvnas_loadtest.run import run as run_load
-    from rich.console import Console
 
     workload = make_workload(url, pack, models, options)
     console = Console(stderr=True)
@@ -126,13 +127,14 @@ def compare(deployments: str, mixed: tuple[str, ...], uniform: tuple[str, ...], 
     """Serve the same adapters in several ways, in turns, under the same load; ratios with confidence intervals."""
     import shlex
 
+    from rich.console import Console
+
     from lvnas_loadtest.compare import Plan
     from lvnas_loadtest.compare import compare as run_comparison
     from lvnas_loadtest.compare_page import comparison_page
     from lvnas_loadtest.deployments import deployments as make_deployments
     from lvnas_loadtest.options import labels, make_workload
     from lvnas_loadtest.table import print_rows
-    from rich.console import Console
 
     made = make_deployments(deployments.split(","), mixed, uniform, out / "packs", slots)
     # The address is a place holder: each turn puts its server's in its place.
@@ -169,9 +171,10 @@ def compare(deployments: str, mixed: tuple[str, ...], uniform: tuple[str, ...], 
 def capacity(url: str, pack: Path | None, models: str | None, share: float, first: float, highest: float,
              tolerance: float, out: Path, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Find the highest rate that the server at URL carries within its SLOs (--goodput)."""
+    from rich.console import Console
+
     from lvnas_loadtest.capacity import rate_capacity
     from lvnas_loadtest.options import make_workload
-    from rich.console import Console
 
     workload = make_workload(url, pack, models, options)
     limits = {"share": share, "first": first, "highest": highest, "tolerance": tolerance}
@@ -200,10 +203,11 @@ def resident(deployment: str, mixed: tuple[str, ...], uniform: tuple[str, ...], 
     """Find how many adapters fit at once in a DEPLOYMENT (stock-64, ragged-mixed, ...) within a limit of memory."""
     import shlex
 
+    from rich.console import Console
+
     from lvnas_loadtest import specs
     from lvnas_loadtest.deployments import adapters_of
     from lvnas_loadtest.resident import resident_capacity
-    from rich.console import Console
 
     limit = specs.size(memory) if memory else None
     adapters = adapters_of(deployment, mixed, uniform)

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+
 from lvnas_loadtest.run import run
 from lvnas_loadtest.workload import Workload
 

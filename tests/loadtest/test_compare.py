@@ -5,14 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
+
+from lvnas.errors import InputError
 from lvnas_loadtest.capacity import rate_capacity, search
 from lvnas_loadtest.compare import EFFECTS, Plan, compare, ratio, ratios
 from lvnas_loadtest.deployments import KINDS, Deployment, Engine, deployments
 from lvnas_loadtest.servers import free_port, running
 from lvnas_loadtest.workload import Workload
-from scipy import stats
-
-from lvnas.errors import InputError
 
 
 def test_two_running_servers(serve, tmp_path):

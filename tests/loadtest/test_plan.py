@@ -5,13 +5,13 @@ import random
 
 import numpy as np
 import pytest
+
+from lvnas.errors import InputError
 from lvnas_loadtest import arrivals, specs
 from lvnas_loadtest.distributions import distribution
 from lvnas_loadtest.plan import Plan
 from lvnas_loadtest.popularity import popularity
 from lvnas_loadtest.workload import Workload
-
-from lvnas.errors import InputError
 
 NAMES = ["a", "b", "c", "d"]
 

@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
+
+from lvnas.errors import InputError
 from lvnas_loadtest.records import read_records
 from lvnas_loadtest.results import details
 from lvnas_loadtest.run import run
 from lvnas_loadtest.workload import Workload
-
-from lvnas.errors import InputError
 
 TTFT = [0.10, 0.15, 0.20, 0.30, 0.45]
 GAP = [0.04, 0.05, 0.06, 0.08, 0.12, 0.03]

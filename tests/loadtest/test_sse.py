@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from lvnas_loadtest.prompts import chat_body
 from lvnas_loadtest.records import Record
 from lvnas_loadtest.sse import carries_token, connect, stream_chat

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from lvnas_loadtest import saturation, stats
 from lvnas_loadtest.records import Record
 

@@ -7,13 +7,13 @@ import sys
 
 import psutil
 import pytest
+
+from lvnas.errors import InputError
 from lvnas_loadtest import server as server_side
 from lvnas_loadtest.packs import rank_class, read_pack
 from lvnas_loadtest.run import run
 from lvnas_loadtest.sampler import host_bytes, parse
 from lvnas_loadtest.workload import Workload
-
-from lvnas.errors import InputError
 
 MIB = 2**20
 

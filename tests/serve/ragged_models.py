@@ -11,6 +11,7 @@ import peft
 import torch
 import transformers
 from checkpoints import make_tokenizer, randomise
+
 from lvnas_vllm.ragged import SWITCH
 
 VOCABULARY = 264

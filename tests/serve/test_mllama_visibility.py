@@ -3,11 +3,12 @@
 import random
 
 import pytest
-from lvnas_vllm.mllama_visibility import Segment, image_spans, kept_tokens, segments
 from transformers.models.mllama.processing_mllama import (
     convert_sparse_cross_attention_mask_to_dense,
     get_cross_attention_token_mask,
 )
+
+from lvnas_vllm.mllama_visibility import Segment, image_spans, kept_tokens, segments
 
 IMAGE = 9
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from lvnas_vllm.ragged.arena import ALIGN, Arena, ArenaFull, Ledger, aligned
 from lvnas_vllm.ragged.layout import Site, pack, plan, ranks_of
 

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from lvnas_vllm.ragged import SWITCH, capacity, enable, operator_path
-from lvnas_vllm.ragged.layout import Site
 
 from lvnas.errors import InputError
+from lvnas_vllm.ragged import SWITCH, capacity, enable, operator_path
+from lvnas_vllm.ragged.layout import Site
 
 SITES = [Site("qkv", 64, (64, 32, 32)), Site("o", 64, (64,))]
 PLACES = {"q": (0, 0), "k": (0, 1), "v": (0, 2), "o": (1, 0)}

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from lvnas_vllm.ragged.arena import aligned
 from ragged_models import VOCABULARY, Peft, adapter, llama, phi3, qwen2_vl, run_job
+
+from lvnas_vllm.ragged.arena import aligned
 
 ENGINE = {"enable_lora": True, "max_lora_rank": 16, "max_model_len": 192, "max_num_seqs": 8, "max_loras": 3}
 

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lvnas_vllm.ragged.layers import RaggedLinear, ragged
 from vllm.lora import layers
+
+from lvnas_vllm.ragged.layers import RaggedLinear, ragged
 
 D, HEADS, TP = 24, (16, 8, 8), 2
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from lvnas_vllm.ragged import native, torch_ops
 from lvnas_vllm.ragged.arena import Arena
 from lvnas_vllm.ragged.layout import Site, pack, plan, ranks_of

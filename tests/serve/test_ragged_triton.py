@@ -77,8 +77,9 @@ def test_prefill_tuning_and_a_repeat_is_exact():
 
 @interpreted
 def test_the_op_traces_without_a_device():
-    from lvnas_vllm.ragged.triton_ops import add_ragged_lora
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lvnas_vllm.ragged.triton_ops import add_ragged_lora
 
     _, site = adapters(RANKS["4"], torch.float32)
     real = [torch.zeros(2, 161), torch.zeros(2, 96), site.arena, site.table, site.device_bounds]
