@@ -22,7 +22,7 @@ from lvnas.cards import CARD_NAME, model_card
 from lvnas.errors import InputError
 from lvnas.packfolder import MANIFEST_FORMAT, PackFolder
 from lvnas.prepare import PackOptions, Prepared, prepare
-from lvnas.serving import groups, serve_settings, serving_files
+from lvnas.serving import check_names, groups, serve_settings, serving_files
 from lvnas.tensorfile import Planned, write_tensors
 from lvnas.values import dtype_name
 
@@ -57,6 +57,7 @@ def pack(
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"two adapters are called {twice!r}; name one of them with NAME=FOLDER")
+    check_names(names, base)
     folder = PackFolder(out)
     folder.check(options.layout, base)
     entries = [_pack_one(adapter, folder, options, base, progress) for adapter in adapters]

@@ -1,16 +1,20 @@
-"""A progress bar on stderr for loops that take long."""
+"""Progress bars on stderr for what takes long."""
 
-from collections.abc import Collection, Iterator
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 Item = TypeVar("Item")
@@ -53,3 +57,18 @@ class track(Generic[Item]):
             for item in self.items:
                 yield item
                 self.bar.advance(self.task)
+
+
+@contextlib.contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int], None]]:
+    """Shows bytes done and their speed while the block runs; yields the function to call with each count."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda count: bar.advance(task, count)

@@ -19,7 +19,7 @@ from lvnas.adapters import Adapter, check_base, read_adapter
 from lvnas.errors import InputError, unknown
 from lvnas.layouts import legal_rank
 from lvnas.packfolder import MANIFEST_NAME, hash_files, read_manifest
-from lvnas.serving import serve_settings
+from lvnas.serving import check_names, serve_settings
 from lvnas.sources import find_adapters
 from lvnas.tensorfile import BrokenFile
 
@@ -29,8 +29,6 @@ PIXELS = 4096 * 4096
 """Largest image, in pixels, unless $VLLM_MAX_IMAGE_PIXELS says otherwise."""
 NO_DOMAIN = "media-urls-are-off.invalid"
 """A name that cannot exist (RFC 2606): vLLM takes an empty list of media domains as all."""
-PART_TYPES = ("text", "image", "audio", "video", "input", "file", "refusal", "tool", "thinking")
-"""vLLM answers a base request that has such a part with the adapter of that name, if there is one."""
 SEMANTICS = {"vision_features": "reference", "pre_image_rows": "transformers"}
 
 
@@ -87,7 +85,7 @@ def plan(sources: Sequence[str], options: ServeOptions) -> Launch:
         raise InputError(
             f"no base named; give one with --base ({', '.join(bases.BASES)}, a Hub id, a folder)"
         )
-    _check_names(adapters, name)
+    check_names([adapter.name for adapter in adapters], name)
     _check_shapes(adapters, name)
     semantics, notes = _semantics(adapters)
     flags = [
@@ -162,16 +160,6 @@ def _common_base(adapters: Sequence[Adapter], given: str | None) -> str | None:
 def _settings(adapters: Sequence[Adapter]) -> Mapping[str, int]:
     entries = [{"max_rank": legal_rank(max(adapter.ranks.values()))} for adapter in adapters]
     return serve_settings(entries, None) if entries else {}
-
-
-def _check_names(adapters: Sequence[Adapter], base: str) -> None:
-    """Refuses names under which vLLM would answer the base's requests with an adapter."""
-    for adapter in adapters:
-        if adapter.name in (*PART_TYPES, base):
-            raise InputError(
-                f"adapter name {adapter.name!r} would take over the base's own requests; not allowed: "
-                f"{', '.join(PART_TYPES)} and the base's name; rename it with NAME=FOLDER"
-            )
 
 
 def _check_shapes(adapters: Sequence[Adapter], base: str) -> None:

@@ -7,13 +7,32 @@ both match on the request's model name, which is the adapter's name.
 
 import json
 import shlex
+from collections.abc import Iterable
 from typing import Any
+
+from lvnas.errors import InputError
 
 SLOTS = 8
 """Adapters that are resident at once (max_loras) unless the user says otherwise."""
 PORT = 8000
 ROUTE_MATCHES = 64
 """Matches that the Gateway API allows in one rule."""
+PART_TYPES = ("text", "image", "audio", "video", "input", "file", "refusal", "tool", "thinking")
+"""vLLM answers a base request that has such a part with the adapter of that name, if there is one."""
+
+
+def check_names(names: Iterable[str], base: str) -> None:
+    """Refuses adapter names under which vLLM would answer the base's own requests with an adapter.
+
+    Raises:
+        InputError: the name of a part of a message, or the base's.
+    """
+    for name in names:
+        if name in (*PART_TYPES, base):
+            raise InputError(
+                f"adapter name {name!r} would take over the base's own requests; not allowed: "
+                f"{', '.join(PART_TYPES)} and the base's name; rename it with NAME=FOLDER"
+            )
 
 
 def serve_settings(adapters: list[dict[str, Any]], slots: int | None) -> dict[str, int]:

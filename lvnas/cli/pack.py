@@ -44,9 +44,9 @@ def command(
     ADAPTER is an adapter's folder, a folder of such folders, a Hub id, or NAME=one of these.
     """
     from lvnas.allocate import parse_count
-    from lvnas.cli_progress import byte_progress
     from lvnas.pack import common_base, pack
     from lvnas.prepare import PackOptions
+    from lvnas.progress import byte_progress
     from lvnas.sizes import parse_bytes
     from lvnas.sources import check_against_base, find_adapters
 

@@ -12,8 +12,8 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
 def command(pack: Path, as_json: bool) -> None:
     """Check every hash, shape and value of a pack."""
-    from lvnas.cli_progress import byte_progress
     from lvnas.errors import InputError
+    from lvnas.progress import byte_progress
     from lvnas.verify import verify
 
     with byte_progress("verifying") as advance:

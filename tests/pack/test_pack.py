@@ -263,3 +263,11 @@ def test_an_interrupted_run_leaves_no_draft(tmp_path: Path) -> None:
     assert not list((tmp_path / "pack/adapters").iterdir())
     assert not (tmp_path / "pack/manifest.json").exists()
     pack([adapter], tmp_path / "pack")
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_a_name_that_would_take_over_the_base_s_requests_is_refused(tmp_path, name):
+    adapter = read_adapter(make_adapter(tmp_path / "adapter"), name)
+    with pytest.raises(InputError, match="would take over the base's own requests"):
+        pack([adapter], tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
