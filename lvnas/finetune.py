@@ -194,7 +194,7 @@ class _Run:
             model = self.accelerator.unwrap_model(self.model)
             state = {
                 "identity": identity,
-                "weights": peft.get_peft_model_state_dict(model),
+                "weights": peft.get_peft_model_state_dict(model, save_embedding_layers=False),
                 "optimizer": self.optimizer.state_dict(),
                 "losses": self.losses,
                 "seconds": self.seconds,
