@@ -43,9 +43,9 @@ class DemoConfig:
     tasks: Sequence[str] = TASKS
     search_steps: int = 40
     """Mini-batches of the search (the paper's DARTS mode)."""
-    steps: int = 250
+    steps: int = 400
     """Fine-tuning steps per adapter."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
     """Of the fine-tuning."""
     users: int = 4
     """Concurrent users of the load test."""

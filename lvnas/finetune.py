@@ -34,7 +34,7 @@ class FinetuneConfig:
     batch_size: int = 16
     """Examples per step and process."""
     learning_rate: float = 2e-4
-    """Peak of AdamW's rate (`tiny` wants 5e-3): linear warm-up over the first 5% of the steps, cosine to 0."""
+    """Peak of AdamW's rate (`tiny` wants 2e-3): linear warm-up over the first 5% of the steps, cosine to 0."""
     weight_decay: float = 0.0
     """AdamW's."""
     clip: float = 1.0

@@ -93,12 +93,17 @@ def test_ctrl_c_leaves_no_half_written_output(raw_tiny, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "lvnas", *map(str, arguments)], stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # A shell's background job, as CI may be, ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 240
     while not (tmp_path / "out").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    try:
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "interrupted" in err.splitlines()[-1]
     assert "Traceback" not in err

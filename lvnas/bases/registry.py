@@ -72,7 +72,9 @@ def base_config(base: str) -> Any:
         return tiny_config(build_processor([], tile=32, max_tiles=2))
     place = resolve(base)
     try:
-        return AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place)
+        # A vLLM engine in this process registers its own configuration class under this model type.
+        return MllamaConfig.from_pretrained(place) if config.model_type == "mllama" else config
     except (OSError, ValueError) as error:
         raise InputError(f"base {base!r} has no configuration that transformers can load: {error}") from None
 
@@ -111,9 +113,9 @@ def load(
         InputError: the base is unknown or cannot be loaded.
     """
     place = resolve(base)
-    architecture = model_class(base_config(place))
+    config = base_config(place)
     try:
-        model = architecture.from_pretrained(place, dtype=dtype, **options)
+        model = model_class(config).from_pretrained(place, config=config, dtype=dtype, **options)
         processor = load_processor(place)
     except (OSError, ValueError) as error:
         raise InputError(f"base {base!r} cannot be loaded: {error}") from None

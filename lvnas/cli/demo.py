@@ -11,7 +11,7 @@ import click
     "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder."
 )
 @click.option("--search-steps", type=click.IntRange(1), default=40, show_default=True, help="Of each search.")
-@click.option("--steps", type=click.IntRange(1), default=250, show_default=True, help="Of each fine-tuning.")
+@click.option("--steps", type=click.IntRange(1), default=400, show_default=True, help="Of each fine-tuning.")
 @click.option("--users", type=click.IntRange(1), default=4, show_default=True, help="Of the load test.")
 @click.option("--duration", default="20s", show_default=True, help="Of the load test.")
 @click.option("--json", "as_json", is_flag=True, help="Also print a summary as JSON, as the last line.")

@@ -103,7 +103,7 @@ RECIPES: dict[str, Recipe] = {
     "reverse": Recipe(ask_reverse, shape=(1, 6)),
 }
 
-SIZES = {"train": 2048, "search": 512, "test": 512}
+SIZES = {"train": 4096, "search": 512, "test": 512}
 SCANS = {"train": (0, 1200), "search": (1200, 1500), "test": (1500, 1797)}
 
 

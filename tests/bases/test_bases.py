@@ -102,6 +102,25 @@ def test_vision_features_can_be_switched(raw_tiny):
         bases.set_vision_features(model, "meta")
 
 
+def test_a_serving_configuration_in_the_same_process_does_not_matter(raw_tiny):
+    """vLLM registers the plugin's class for "mllama" with AutoConfig when an engine starts in this process."""
+    from transformers import MllamaConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    class Serving(MllamaConfig):
+        pass
+
+    before = dict(CONFIG_MAPPING._extra_content)
+    AutoConfig.register("mllama", Serving, exist_ok=True)
+    try:
+        model, _ = bases.load(str(raw_tiny))
+        assert type(model.config) is MllamaConfig
+        assert bases.meta_model(str(raw_tiny)).config.text_config.hidden_size == 192
+    finally:
+        CONFIG_MAPPING._extra_content.clear()
+        CONFIG_MAPPING._extra_content.update(before)
+
+
 @pytest.mark.parametrize(
     ("base", "said"),
     [("tinny", "allowed: tiny, llama-3.2-11b-vision"), ("../..", "allowed"), ("a/b/c", "allowed")],
