@@ -1,7 +1,6 @@
 """`lvnas`: wires each verb to its module; a verb's command lives in `lvnas/cli/<verb>.py` as `command`."""
 
 import importlib
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -40,10 +39,6 @@ def lvnas() -> None:
 
 def main() -> None:
     """The console script: bad input is one line on stderr and exit code 2, never a traceback."""
-    # On shared cores, threads that spin while they wait for each other cost several times what they bring. vLLM has
-    # settings of its own.
-    if sys.argv[1:2] != ["serve"]:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # transformers warns about a call within transformers; nobody who runs lvnas can change it.
     warnings.filterwarnings("ignore", r"`hidden_state` is deprecated", FutureWarning)
     try:
