@@ -64,7 +64,8 @@ class Supernet:
     """A model with PEFT LoRA layers at the highest rank of a space, each with a gate vector on `A x`.
 
     The gates are leaf tensors, one [R] per module: gradient checkpointing recomputes through them, and their
-    gradients are read out after `backward`. They start at 1, which is plain LoRA.
+    gradients are read out after `backward`. They start at 1, which is plain LoRA, and at the cost of plain LoRA
+    while `watch_gates(False)`: nobody then needs `A x` twice.
 
     Args:
         model: any model that PEFT can put LoRA on; quantised and half-precision bases too. Changed in place
@@ -96,11 +97,12 @@ class Supernet:
         self.peft: Any = get_peft_model(model, config)
         self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.shapes}
         self.gates: dict[str, Tensor] = {}
+        self._ones = True
         self._hooks = []
         for name, layer in self.layers.items():
             gate = torch.ones(highest, device=layer.lora_A[ADAPTER].weight.device, requires_grad=True)
             self.gates[name] = gate
-            self._hooks.append(layer.lora_A[ADAPTER].register_forward_hook(_multiply_by(gate)))
+            self._hooks.append(layer.lora_A[ADAPTER].register_forward_hook(self._multiply_by(gate)))
 
     def loss(self, inputs: Mapping[str, Any]) -> Tensor:
         """The model's own mean loss on one batch."""
@@ -115,8 +117,14 @@ class Supernet:
         layer = self.layers[name]
         return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
+    def watch_gates(self, watch: bool) -> None:
+        """Whether backward passes leave gradients in the gates; at first they do."""
+        for gate in self.gates.values():
+            gate.requires_grad_(watch)
+
     def set_gates(self, values: Tensor) -> None:
         """Sets every module's gates from values [N, R]."""
+        self._ones = bool((values == 1).all())
         with torch.no_grad():
             for gate, value in zip(self.gates.values(), values, strict=True):
                 gate.copy_(value)
@@ -154,6 +162,14 @@ class Supernet:
             hook.remove()
         return self.peft.unload()
 
+    def _multiply_by(self, gate: Tensor) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            if self._ones and not gate.requires_grad:
+                return output
+            return output * gate.to(output.dtype)
+
+        return hook
+
 
 def factor(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The thin SVD of b [O, R] @ a [R, D] without forming the product: U [O, R], sigma [R], Vt [R, D].
@@ -169,10 +185,3 @@ def factor(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = nn.functional.pad(q_b @ u, (0, missing))
     vt = nn.functional.pad(vt @ q_a.T, (0, 0, 0, missing))
     return u, nn.functional.pad(sigma, (0, missing)), vt
-
-
-def _multiply_by(gate: Tensor) -> Any:
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output * gate.to(output.dtype)
-
-    return hook

@@ -157,9 +157,10 @@ class SupernetStrategy(Strategy):
         self.net = Supernet(model, config.targets, config.ranks, scale=config.scale)
 
     def backward(self, split: str, batch: tuple[Mapping[str, Any], Sequence[int]]) -> float:
-        """Loss of a batch, after its backward pass."""
+        """Loss of a batch, after its backward pass; only those on search-validation reach the gates."""
         inputs, ids = batch
         self.net.peft.train()
+        self.net.watch_gates(split == "search")
         loss = self.net.loss(inputs)
         value = loss.item()
         if not np.isfinite(value):

@@ -50,7 +50,6 @@ class Darts(SupernetStrategy):
             loss = self.backward("train", train[mini_batch])
             self.weight_optimizer.step()
             self.weight_optimizer.zero_grad()
-            self.net.take_gate_gradients()
             return loss
         loss = self.backward("search", search[mini_batch])
         gates.backward(self.net.take_gate_gradients())

@@ -24,7 +24,6 @@ class WarmStrategy(SupernetStrategy):
         loss = self.backward("train", train[index])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.net.take_gate_gradients()
         return loss
 
     def state(self) -> dict[str, Any]:

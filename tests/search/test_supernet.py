@@ -132,6 +132,35 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     torch.testing.assert_close(weights, weights_again)
 
 
+@pytest.mark.parametrize("gates", ["ones", "halves"])
+def test_gates_that_nobody_watches_cost_no_memory(gates):
+    """What autograd keeps for the backward pass, against plain LoRA at the highest rank."""
+
+    def kept(loss):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = loss()
+        del result
+        return sum(storages.values())
+
+    net = Supernet(models.mllama(), "all", [4, 64])
+    config = LoraConfig(r=64, lora_alpha=64, target_modules=list(net.shapes))
+    plain = get_peft_model(models.mllama(), config)
+    batch = models.mllama_batch(size=8)
+    expected = kept(lambda: plain(**batch).loss)
+    if gates == "halves":
+        net.set_gates(torch.full((len(net.shapes), 64), 0.5))
+    watched = kept(lambda: net.loss(batch))
+    net.watch_gates(False)
+    assert kept(lambda: net.loss(batch)) < 1.02 * expected
+    assert watched > 1.05 * expected
+
+
 def test_half_precision_base():
     net = Supernet(models.mllama().to(torch.bfloat16), "all", SPACE)
     random_lora(net)
