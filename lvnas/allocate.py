@@ -4,11 +4,12 @@ Legend: N modules, K ranks in the space, W budget in cost units.
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
+from lvnas.costs import Costs, parse_amount, parse_count
+from lvnas.costs import costs as costs_of
 from lvnas.errors import InputError
 from lvnas.strategies.base import Gains
 
@@ -16,55 +17,82 @@ TOLERANCE = 0.005
 """A plan costs at most the budget and at least 1 - TOLERANCE of it."""
 MOST_UNITS = 1 << 19
 """Finest resolution of costs; coarser units round costs up, so that a budget is never exceeded."""
-_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """How much LoRA a plan may have; exactly one of the three is given."""
+    """How much LoRA a plan may have; exactly one of params, ratio, like_uniform and amount is given."""
 
     params: str | int | None = None
     """LoRA parameters: 103255040, "103.3M"."""
     ratio: float | None = None
     """The highest rank everywhere, divided by this."""
     like_uniform: float | None = None
-    """As many parameters as this rank everywhere (fractions too)."""
+    """As much as this rank everywhere (fractions too)."""
+    amount: str | float | None = None
+    """In the unit of `by`: "12MB", "1.5ms"."""
+    by: str = "params"
+    """What is counted: a table of `lvnas.costs`."""
+    table: str | None = None
+    """File with the table, as `lvnas profile` writes it."""
 
-    def parameters(self, gains: Gains) -> float:
-        """The budget in parameters.
+    @property
+    def given(self) -> list[str | float]:
+        """Those of the four that are given."""
+        four = (self.params, self.ratio, self.like_uniform, self.amount)
+        return [value for value in four if value is not None]
+
+    def costs(self, gains: Gains) -> Costs:
+        """What the budget counts, over the modules and the space of `gains`."""
+        return costs_of(self.by, gains.shapes, gains.ranks, self.table)
+
+    def limit(self, costs: Costs) -> float:
+        """The budget in the unit of `costs`.
 
         Raises:
-            InputError: not exactly one of them is given, or it is no positive number.
+            InputError: not exactly one of the four is given, or it is no positive number.
         """
-        given = [value for value in (self.params, self.ratio, self.like_uniform) if value is not None]
-        if len(given) != 1:
-            raise InputError(f"{len(given)} budgets given; give exactly one of params, ratio, like_uniform")
-        per_rank = sum(sum(shape) for shape in gains.shapes.values())
+        if len(self.given) != 1:
+            raise InputError(
+                f"{len(self.given)} budgets given; give exactly one of params, ratio, like_uniform, amount"
+            )
         if self.params is not None:
-            budget = parse_count(self.params)
+            if self.by != "params":
+                raise InputError(f"params counts parameters, not {self.by}; give the amount as budget")
+            limit = parse_count(self.params)
+        elif self.amount is not None:
+            limit = parse_amount(self.amount, costs.unit)
         elif self.ratio is not None:
-            budget = max(gains.ranks) * per_rank / self.ratio if self.ratio > 0 else math.nan
+            limit = costs.uniform(costs.ranks[-1]) / self.ratio if self.ratio > 0 else math.nan
         else:
-            budget = per_rank * float(self.like_uniform or 0)
-        if not budget > 0 or math.isinf(budget):
-            raise InputError(f"budget {given[0]} is not a positive number")
-        return budget
+            limit = costs.uniform(float(self.like_uniform or 0))
+        if not limit > 0 or math.isinf(limit):
+            raise InputError(f"budget {self.given[0]} is not a positive number")
+        return limit
 
 
-def parse_count(text: str | int) -> float:
-    """`"103.3M"` -> 103300000.0; suffixes K, M, G or B in either case.
+class OutOfReach(InputError):
+    """No plan of the space costs that much."""
+
+
+def plan_ranks(gains: Gains, budget: Budget, *, max_rank: int | None = None) -> dict[str, int]:
+    """The rank of every module, `allocate`d within `budget`; without one, for strategies that choose alone.
 
     Raises:
-        InputError: not a number with such a suffix.
+        InputError: see `allocate` and `Budget`.
     """
-    match = re.fullmatch(r"\s*([0-9_]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgb]?)\s*", str(text).lower())
-    if not match:
-        raise InputError(f"budget {text!r} is not a number of parameters; write 103255040, 103.3M or 1.2G")
-    return float(match[1]) * _SUFFIXES[match[2]]
+    costs = budget.costs(gains)
+    limit = budget.limit(costs) if budget.given else None
+    return allocate(gains, limit, costs=costs.values, shared=costs.shared, max_rank=max_rank)
 
 
 def allocate(
-    gains: Gains, budget: float | None, *, costs: np.ndarray | None = None, max_rank: int | None = None
+    gains: Gains,
+    budget: float | None,
+    *,
+    costs: np.ndarray | None = None,
+    shared: bool = False,
+    max_rank: int | None = None,
 ) -> dict[str, int]:
     """The rank of every module: the largest total gain that costs at most `budget`, within TOLERANCE of it.
 
@@ -72,6 +100,7 @@ def allocate(
         gains: from a strategy.
         budget: in the unit of `costs`. None takes each module's best rank, for strategies that choose so.
         costs: [N, K], not decreasing along K; LoRA parameters if None.
+        shared: all modules of rank > 0 cost what the plan's highest rank costs (`Costs.shared`).
         max_rank: leave out higher ranks.
 
     Raises:
@@ -84,11 +113,37 @@ def allocate(
     costs = (gains.parameters() if costs is None else np.asarray(costs))[:, kept]
     if budget is None:
         if not gains.chooses:
-            raise InputError("this method needs a budget; give one of params, ratio, like_uniform")
+            raise InputError("this method needs a budget; give one of params, ratio, like_uniform, amount")
         picks = totals.argmax(axis=1)
+    elif shared:
+        picks = _shared_knapsack(totals, costs, budget, nothing=gains.ranks[0] == 0)
     else:
         picks = _knapsack(totals, costs, budget)
     return {name: gains.ranks[kept[k]] for name, k in zip(gains.shapes, picks, strict=True)}
+
+
+def _shared_knapsack(totals: np.ndarray, costs: np.ndarray, budget: float, *, nothing: bool) -> np.ndarray:
+    """The best of the plans under each highest rank; `nothing`: choice 0 is rank 0, which costs nothing."""
+    best: tuple[float, np.ndarray] | None = None
+    ranges = []
+    for cap in range(int(nothing), costs.shape[1]):
+        under = np.repeat(costs[:, cap : cap + 1], cap + 1, axis=1)
+        if nothing:
+            under[:, 0] = costs[:, 0]
+        ranges.append(f"{_shown(under.min(axis=1).sum())} to {_shown(under.max(axis=1).sum())}")
+        try:
+            picks = _knapsack(totals[:, : cap + 1], under, budget)
+        except OutOfReach:
+            continue
+        total = totals[np.arange(len(picks)), picks].sum()
+        if best is None or total > best[0]:
+            best = total, picks
+    if best is None:
+        raise OutOfReach(
+            f"budget {_shown(budget)} cannot be reached; with each of the space's ranks as the highest, "
+            f"plans reach {', '.join(ranges)}"
+        )
+    return best[1]
 
 
 def _knapsack(totals: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
@@ -96,9 +151,9 @@ def _knapsack(totals: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarra
     floor = costs.min(axis=1, keepdims=True)
     lowest, highest = floor.sum(), costs.max(axis=1).sum()
     if not (lowest <= budget and budget * (1 - TOLERANCE) <= highest):
-        raise InputError(
-            f"budget {budget:,.0f} cannot be reached; "
-            f"this space and these targets reach {lowest:,.0f} to {highest:,.0f}"
+        raise OutOfReach(
+            f"budget {_shown(budget)} cannot be reached; "
+            f"this space and these targets reach {_shown(lowest)} to {_shown(highest)}"
         )
     unit = _unit(costs - floor, budget - lowest)
     steps = np.ceil((costs - floor) / unit - 1e-9).astype(np.int64)
@@ -134,9 +189,9 @@ def _window(best: np.ndarray, budget: float, lowest: float, unit: float) -> int:
     if not np.isfinite(window).any():
         reachable = np.flatnonzero(np.isfinite(best))
         nearest = lowest + unit * reachable[-1]
-        raise InputError(
-            f"no plan costs within {TOLERANCE:.1%} under the budget {budget:,.0f}; "
-            f"the nearest below is {nearest:,.0f}"
+        raise OutOfReach(
+            f"no plan costs within {TOLERANCE:.1%} under the budget {_shown(budget)}; "
+            f"the nearest below is {_shown(nearest)}"
         )
     return start + int(window.argmax())
 
@@ -148,3 +203,8 @@ def _trace(best: np.ndarray, taken: np.ndarray, steps: np.ndarray, end: int) -> 
         end -= steps[n, picks[n]]
     assert end == 0, "the trace must end at the cheapest plan"
     return picks
+
+
+def _shown(cost: float) -> str:
+    """Whole parameters and bytes; seconds in four digits."""
+    return f"{cost:,.0f}" if cost >= 100 or cost == int(cost) else f"{cost:.4g}"

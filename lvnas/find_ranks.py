@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from lvnas.allocate import Budget, allocate
+from lvnas.allocate import Budget, plan_ranks
 from lvnas.derive import lora_config
 from lvnas.errors import InputError
 from lvnas.ranks import RankPlan
@@ -85,10 +85,10 @@ def find_ranks(
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(grads[name])
             model.train(training)
-    if budget is not None and not isinstance(budget, Budget):
+    if not isinstance(budget, Budget):
         budget = Budget(params=budget)
     plan = RankPlan(
-        ranks=allocate(gains, budget.parameters(gains) if budget else None, max_rank=max_rank),
+        ranks=plan_ranks(gains, budget, max_rank=max_rank),
         method=method,
         space=gains.ranks,
         scale=scale,

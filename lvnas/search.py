@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lvnas import files
-from lvnas.allocate import Budget, allocate
+from lvnas.allocate import Budget, plan_ranks
 from lvnas.checkpoint import load_state, save_state
 from lvnas.errors import InputError
 from lvnas.progress import track
@@ -168,17 +168,17 @@ def search_task(
     )
     title = f"searching ranks of {base} for {task} ({config.method})"
     gains = run(model, train, held_out, config, out, base=base, task=task, title=title)
-    given = dataclasses.asdict(budget)
-    amount = None if gains.chooses and not any(given.values()) else budget.parameters(gains)
     plan = RankPlan(
-        ranks=allocate(gains, amount, max_rank=max_rank),
+        ranks=plan_ranks(gains, budget, max_rank=max_rank),
         base=base,
         task=task,
         method=config.method,
         space=gains.ranks,
         scale=config.scale,
         provenance=files.provenance(
-            config=dataclasses.asdict(config), budget=given, scores_sha256=files.sha256(out / SCORES)
+            config=dataclasses.asdict(config),
+            budget=dataclasses.asdict(budget),
+            scores_sha256=files.sha256(out / SCORES),
         ),
     )
     plan.write(out / RANKS)

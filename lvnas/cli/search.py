@@ -8,6 +8,11 @@ import click
 
 METHODS = "score (ours), darts (the paper), or a baseline: svd, eva, adalora, type, uniform, random."
 
+BY = (
+    "What budgets count: params; bytes of a serving slot in the layout ragged, pad or group; "
+    "or latency, measured by `lvnas profile`."
+)
+
 
 @click.command()
 @click.argument("task")
@@ -17,7 +22,10 @@ METHODS = "score (ours), darts (the paper), or a baseline: svd, eva, adalora, ty
 @click.option("--ranks", default="4,8,16,32,64", show_default=True, help="The space; 0 is allowed.")
 @click.option("--params", help="Budget: LoRA parameters, such as 103.3M.")
 @click.option("--ratio", type=float, help="Budget: the highest rank everywhere, divided by this.")
-@click.option("--like-uniform", type=float, help="Budget: as many parameters as this rank everywhere.")
+@click.option("--like-uniform", type=float, help="Budget: as much as this rank everywhere.")
+@click.option("--budget", "amount", help="Budget in the unit of --budget-by: 103.3M, 12MB, 1.5ms.")
+@click.option("--budget-by", "by", default="params", show_default=True, help=BY)
+@click.option("--costs", "table", help="File of `lvnas profile`, with the table of --budget-by.")
 @click.option("--max-rank", type=int, help="Highest rank that the plan may have.")
 @click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Training steps.")
 @click.option(
@@ -39,6 +47,9 @@ def command(
     params: str | None,
     ratio: float | None,
     like_uniform: float | None,
+    amount: str | None,
+    by: str,
+    table: str | None,
     max_rank: int | None,
     dtype: str,
     out: Path,
@@ -57,7 +68,7 @@ def command(
     config = SearchConfig(
         method=method, targets=targets, ranks=parse_ranks(ranks), options=parse_options(options), **settings
     )
-    budget = Budget(params=params, ratio=ratio, like_uniform=like_uniform)
+    budget = Budget(params=params, ratio=ratio, like_uniform=like_uniform, amount=amount, by=by, table=table)
     summary = search_task(task, base, config, out, budget=budget, max_rank=max_rank, dtype=dtype)
     if as_json:
         print(json.dumps(summary, indent=1))

@@ -41,7 +41,7 @@ def test_search_and_derive(lvnas, raw_tiny, tmp_path):
         (("codewords", "--ranks", "4"), "two or more different"),
         (("codewords", "--option", "batches"), "not of the form NAME=VALUE"),
         (("codewords", "--targets", "qkv"), "targets 'qkv' match no linear module"),
-        (("codewords", "--method", "uniform"), "give exactly one of params, ratio, like_uniform"),
+        (("codewords", "--method", "uniform"), "this method needs a budget; give one of params, ratio"),
         (("codewords", "--method", "uniform", "--params", "1k"), "cannot be reached"),
         (("codewords", "--method", "uniform", "--params", "many"), "not a number of parameters"),
     ],
