@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import MllamaConfig
 from vllm.logger import init_logger
 
+from lvnas_vllm.mllama_quantization import rename_layers
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
@@ -67,26 +69,45 @@ class MllamaEngineConfig:
         from lvnas_vllm.vllm_internals import check_version
 
         check_version()
-        check_semantics(model_config.hf_config)
+        config = model_config.hf_config
+        check_semantics(config)
+        if settings := getattr(config, "quantization_config", None):
+            config.quantization_config = rename_layers(settings)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Lets whole images through: all tokens of a request's images are encoded in one step."""
-        config = vllm_config.model_config.hf_config
-        limits = vllm_config.model_config.multimodal_config.limit_per_prompt
-        if "image" not in limits:
-            from vllm.config.multimodal import ImageDummyOptions
-
-            limits["image"] = ImageDummyOptions(count=DEFAULT_IMAGES)
-        tokens = max(1, limits["image"].count) * image_tokens(config)
-        config.max_source_positions = tokens
-        scheduler = vllm_config.scheduler_config
-        for limit in ("max_num_batched_tokens", "max_num_encoder_input_tokens", "encoder_cache_size"):
-            if getattr(scheduler, limit) < tokens:
-                logger.info("%s raised to %d: the images of a request are encoded in one step", limit, tokens)
-                setattr(scheduler, limit, tokens)
+        _admit_whole_images(vllm_config)
+        _run_eagerly(vllm_config)
         lora = vllm_config.lora_config
         if lora is not None and not lora.enable_tower_connector_lora:
             # Cross-attention keys and values run on image tokens: they need the connector's token mapping.
             logger.info("enable_tower_connector_lora switched on: this model's LoRA needs it")
             lora.enable_tower_connector_lora = True
+
+
+def _admit_whole_images(vllm_config: "VllmConfig") -> None:
+    """Raises the scheduler's limits to the tokens of a request's images, which are encoded in one step."""
+    config = vllm_config.model_config.hf_config
+    limits = vllm_config.model_config.multimodal_config.limit_per_prompt
+    if "image" not in limits:
+        from vllm.config.multimodal import ImageDummyOptions
+
+        limits["image"] = ImageDummyOptions(count=DEFAULT_IMAGES)
+    tokens = max(1, limits["image"].count) * image_tokens(config)
+    config.max_source_positions = tokens
+    scheduler = vllm_config.scheduler_config
+    for limit in ("max_num_batched_tokens", "max_num_encoder_input_tokens", "encoder_cache_size"):
+        if getattr(scheduler, limit) < tokens:
+            logger.info("%s raised to %d: the images of a request are encoded in one step", limit, tokens)
+            setattr(scheduler, limit, tokens)
+
+
+def _run_eagerly(vllm_config: "VllmConfig") -> None:
+    """Says that nothing is compiled, before vLLM picks its operators for it."""
+    from vllm.config import CompilationMode
+
+    compilation = vllm_config.compilation_config
+    if compilation.mode != CompilationMode.NONE and not vllm_config.model_config.enforce_eager:
+        # Else vLLM takes operators that only a compiler makes fast.
+        logger.info("torch.compile switched off: this model runs eagerly")
+        compilation.mode = CompilationMode.NONE

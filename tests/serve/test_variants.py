@@ -1,23 +1,9 @@
 """Parity in other settings than the session's engine: checkpoint layouts, semantics, precision, preemption."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-
-def run(folder: Path, **variant: object) -> dict:
-    script = Path(__file__).with_name("variant.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), json.dumps(variant)],
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+from variant import run
 
 
 def test_preempted_requests_keep_their_own_images(tmp_path: Path) -> None:
