@@ -78,6 +78,9 @@ class MllamaEngineConfig:
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         _admit_whole_images(vllm_config)
         _run_eagerly(vllm_config)
+        if vllm_config.cache_config.enable_prefix_caching:
+            logger.info("prefix caching switched off: vLLM has none for encoder-decoder models")
+            vllm_config.cache_config.enable_prefix_caching = False
         lora = vllm_config.lora_config
         if lora is not None and not lora.enable_tower_connector_lora:
             # Cross-attention keys and values run on image tokens: they need the connector's token mapping.
@@ -86,14 +89,23 @@ class MllamaEngineConfig:
 
 
 def _admit_whole_images(vllm_config: "VllmConfig") -> None:
-    """Raises the scheduler's limits to the tokens of a request's images, which are encoded in one step."""
+    """Raises the scheduler's limits to the tokens of a request's images, which are encoded in one step.
+
+    Raises:
+        ValueError: no images allowed, which vLLM's scheduler does not take from an encoder-decoder.
+    """
     config = vllm_config.model_config.hf_config
     limits = vllm_config.model_config.multimodal_config.limit_per_prompt
     if "image" not in limits:
         from vllm.config.multimodal import ImageDummyOptions
 
         limits["image"] = ImageDummyOptions(count=DEFAULT_IMAGES)
-    tokens = max(1, limits["image"].count) * image_tokens(config)
+    images = limits["image"].count
+    if images < 1:
+        raise ValueError(
+            f"limit_mm_per_prompt image={images}; allowed: 1 or more (requests without an image cost none)"
+        )
+    tokens = images * image_tokens(config)
     config.max_source_positions = tokens
     scheduler = vllm_config.scheduler_config
     for limit in ("max_num_batched_tokens", "max_num_encoder_input_tokens", "encoder_cache_size"):
