@@ -144,17 +144,33 @@ def search_task(
     """Searches `base` on the task's train and search splits and writes `out`/ranks.json for `budget`.
 
     Returns:
-        The plan in numbers: parameters, modules, share of the highest rank everywhere, histogram of ranks.
+        The plan in numbers: see `write_plan`.
 
     Raises:
         InputError: an unknown base, task or method, settings that do not fit, or a budget out of reach.
     """
+    out = Path(out)
+    gains = search_tasks({task: out}, base, config, dtype=dtype)[task]
+    ranks = plan_ranks(gains, budget, max_rank=max_rank)
+    costs = budget.costs(gains)
+    spent = {"by": budget.by, "budget": budget.limit(costs) if budget.given else None}
+    spent |= {"spent": costs.spent(ranks)}
+    return write_plan(out, task, base, config, gains, ranks, budget=dataclasses.asdict(budget)) | spent
+
+
+def search_tasks(
+    folders: Mapping[str, Path], base: str, config: SearchConfig, *, dtype: str = "auto"
+) -> dict[str, Gains]:
+    """The gains of each task, searched one after the other on `base`, each in its folder.
+
+    Raises:
+        InputError: an unknown base, task or method, or settings that do not fit.
+    """
     from lvnas import bases, tasks
     from lvnas.tasks.batches import Collator
 
-    out = Path(out)
     check_method(config.method)
-    splits = tasks.load_task(task).splits
+    splits = {task: tasks.load_task(task).splits for task in folders}
     model, processor = bases.load(base, dtype=dtype)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model.to(device)
@@ -163,31 +179,50 @@ def search_task(
     def batch(examples: list) -> dict[str, torch.Tensor]:
         return {name: value.to(device) for name, value in collate(examples).items()}
 
-    train, held_out = (
-        Shuffled(splits[split], batch, config.batch_size, config.seed) for split in ("train", "search")
+    gains = {}
+    for task, out in folders.items():
+        train, held_out = (
+            Shuffled(splits[task][split], batch, config.batch_size, config.seed)
+            for split in ("train", "search")
+        )
+        title = f"searching ranks of {base} for {task} ({config.method})"
+        gains[task] = run(model, train, held_out, config, out, base=base, task=task, title=title)
+    return gains
+
+
+def write_plan(
+    out: Path,
+    task: str,
+    base: str,
+    config: SearchConfig,
+    gains: Gains,
+    ranks: dict[str, int],
+    **facts: Any,
+) -> dict[str, Any]:
+    """Writes `out`/ranks.json; `facts` (the budget) go into its provenance.
+
+    Returns:
+        The plan in numbers: file, parameters, modules, share of the highest rank everywhere, histogram of ranks.
+    """
+    made = files.provenance(
+        config=dataclasses.asdict(config), scores_sha256=files.sha256(out / SCORES), **facts
     )
-    title = f"searching ranks of {base} for {task} ({config.method})"
-    gains = run(model, train, held_out, config, out, base=base, task=task, title=title)
     plan = RankPlan(
-        ranks=plan_ranks(gains, budget, max_rank=max_rank),
+        ranks=ranks,
         base=base,
         task=task,
         method=config.method,
         space=gains.ranks,
         scale=config.scale,
-        provenance=files.provenance(
-            config=dataclasses.asdict(config),
-            budget=dataclasses.asdict(budget),
-            scores_sha256=files.sha256(out / SCORES),
-        ),
+        provenance=made,
     )
     plan.write(out / RANKS)
     parameters = plan.parameters(gains.shapes)
-    counts = Counter(plan.ranks.values())
+    counts = Counter(ranks.values())
     return {
         "ranks": str(out / RANKS),
         "parameters": parameters,
-        "modules": sum(rank > 0 for rank in plan.ranks.values()),
+        "modules": sum(rank > 0 for rank in ranks.values()),
         "share_of_highest": parameters / gains.parameters()[:, -1].sum(),
         "histogram": {str(rank): counts[rank] for rank in gains.ranks},
     }

@@ -13,9 +13,13 @@ BY = (
     "or latency, measured by `lvnas profile`."
 )
 
+WEIGHT = "With --joint: what a task's gains count, such as its share of the traffic; 1 by default."
+
 
 @click.command()
-@click.argument("task")
+@click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
+@click.option("--joint", is_flag=True, help="One budget for the adapters of all TASKs; OUT/TASK/ranks.json.")
+@click.option("--weight", "weights", multiple=True, metavar="TASK=NUMBER", help=WEIGHT)
 @click.option("--base", default="tiny", show_default=True, help="Short name, Hub id or folder.")
 @click.option("--method", default="score", show_default=True, help=METHODS)
 @click.option("--targets", default="all", show_default=True, help="Groups or module names, comma-separated.")
@@ -39,7 +43,9 @@ BY = (
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; resumed if interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def command(
-    task: str,
+    tasks: tuple[str, ...],
+    joint: bool,
+    weights: tuple[str, ...],
     base: str,
     method: str,
     targets: str,
@@ -62,6 +68,8 @@ def command(
     A finished search is not repeated: with the same settings and another budget it only allocates again.
     """
     from lvnas.allocate import Budget
+    from lvnas.errors import InputError
+    from lvnas.joint import parse_weights, search_jointly
     from lvnas.search import parse_options, parse_ranks, search_task
     from lvnas.strategies import SearchConfig
 
@@ -69,9 +77,20 @@ def command(
         method=method, targets=targets, ranks=parse_ranks(ranks), options=parse_options(options), **settings
     )
     budget = Budget(params=params, ratio=ratio, like_uniform=like_uniform, amount=amount, by=by, table=table)
-    summary = search_task(task, base, config, out, budget=budget, max_rank=max_rank, dtype=dtype)
+    common: dict[str, Any] = {"budget": budget, "max_rank": max_rank, "dtype": dtype}
+    if joint:
+        summary = search_jointly(tasks, base, config, out, weights=parse_weights(weights), **common)
+    elif len(tasks) == 1 and not weights:
+        summary = search_task(tasks[0], base, config, out, **common)
+    else:
+        raise InputError(
+            f"{len(tasks)} tasks: one at a time, or with --joint under one budget (and --weight)"
+        )
     if as_json:
         print(json.dumps(summary, indent=1))
         return
-    print(f"{summary['ranks']}: {summary['parameters']:,} LoRA parameters in {summary['modules']} modules")
-    print("ranks: " + ", ".join(f"{rank} x {count}" for rank, count in summary["histogram"].items()))
+    for plan in summary["tasks"].values() if joint else [summary]:
+        print(f"{plan['ranks']}: {plan['parameters']:,} LoRA parameters in {plan['modules']} modules")
+        print("ranks: " + ", ".join(f"{rank} x {count}" for rank, count in plan["histogram"].items()))
+    if summary["budget"] is not None:
+        print(f"{summary['by']}: {summary['spent']:,.6g} of {summary['budget']:,.6g}")
