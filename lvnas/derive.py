@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lvnas import files
 from lvnas.errors import InputError
 from lvnas.modules import rank_pattern_key
-from lvnas.ranks import RankPlan
+from lvnas.ranks import RankPlan, check_scaling
 from lvnas.supernet import factor
 
 FORMAT = "lvnas-adapter/1"
@@ -34,7 +34,7 @@ def derive(
     """Writes the adapter folder `out` for `plan`; modules of rank 0 get no adapter.
 
     Restarting: A is PEFT's default (Kaiming uniform), B is 0. Inheriting: A and B are the best rank-r
-    approximation (by SVD) of the update that the search trained, at the plan's scale.
+    approximation (by SVD) of the update that the search trained, at each module's scaling.
 
     Args:
         shapes: module name -> (in_features, out_features) of the base.
@@ -56,7 +56,7 @@ def derive(
         if rank == 0:
             continue
         if update:
-            a, b = _truncated(trained, name, rank, scale / plan.scale, update)
+            a, b = _truncated(trained, name, rank, scale / plan.scale_of(rank), update)
             _check_shape(name, a, b, shapes[name], update)
         else:
             a, b = _initial(shapes[name], rank, generator)
@@ -78,9 +78,17 @@ def derive(
 
 
 def derive_file(
-    ranks: Path, out: Path, *, base: str | None = None, inherit: bool = False, seed: int = 0
+    ranks: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    inherit: bool = False,
+    seed: int = 0,
+    scaling: str | None = None,
 ) -> dict[str, Any]:
     """`derive` for a ranks file: shapes from its base on the meta device, the update from its folder.
+
+    `scaling` takes the place of the file's convention.
 
     Returns:
         The adapter in numbers: folder, parameters, modules.
@@ -92,6 +100,7 @@ def derive_file(
 
     plan = RankPlan.read(ranks)
     plan.base = base or plan.base
+    plan.scaling = check_scaling(scaling or plan.scaling)
     if plan.base is None:
         raise InputError(f"{ranks} names no base; give one with --base")
     model: Any = meta_model(plan.base)
@@ -111,17 +120,22 @@ def derive_file(
 
 
 def lora_config(plan: RankPlan) -> LoraConfig:
-    """The plan as a `peft.LoraConfig`: every module's rank, and alpha = scale * rank, under an anchored full
-    name."""
+    """The plan as a `peft.LoraConfig`: every module's rank and alpha under an anchored full name."""
     ranks = {name: rank for name, rank in plan.ranks.items() if rank > 0}
+    rslora = plan.scaling == "rslora"
+
+    def alpha(rank: int) -> Any:
+        return _number(plan.scale_of(rank) * (math.sqrt(rank) if rslora else rank))
+
     highest = max(ranks.values(), default=1)
     return LoraConfig(
         base_model_name_or_path=plan.base,
         r=highest,
-        lora_alpha=_number(plan.scale * highest),
+        lora_alpha=alpha(highest),
         target_modules=sorted(ranks),
         rank_pattern={rank_pattern_key(name): rank for name, rank in ranks.items()},
-        alpha_pattern={rank_pattern_key(name): _number(plan.scale * rank) for name, rank in ranks.items()},
+        alpha_pattern={rank_pattern_key(name): alpha(rank) for name, rank in ranks.items()},
+        use_rslora=rslora,
     )
 
 
@@ -175,4 +189,4 @@ def _check_shape(name: str, a: Tensor, b: Tensor, shape: tuple[int, int], path: 
 
 def _number(value: float) -> Any:
     """Whole numbers as int: older readers of adapter_config.json expect them."""
-    return int(value) if float(value).is_integer() else value
+    return round(value) if abs(value - round(value)) < 1e-12 * abs(value) else value

@@ -11,7 +11,7 @@ from torch import nn
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.derive import lora_config
 from lvnas.errors import InputError
-from lvnas.ranks import RankPlan
+from lvnas.ranks import RankPlan, check_scaling
 from lvnas.search import fit
 from lvnas.strategies import SearchConfig, make_strategy
 
@@ -27,6 +27,7 @@ def find_ranks(
     steps: int = 60,
     learning_rate: float = 1e-3,
     scale: float = 1.0,
+    scaling: str = "constant",
     seed: int = 0,
     max_rank: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -44,6 +45,7 @@ def find_ranks(
         targets: groups or module names: `lvnas.modules.find_targets`.
         ranks: the space; 0 allows a module to have no adapter.
         steps, learning_rate, scale, seed, options: see `lvnas.strategies.SearchConfig`.
+        scaling: how the scaling of lower ranks differs from `scale`: see `lvnas.ranks.SCALINGS`.
         max_rank: highest rank that the plan may have.
         progress: show a bar on stderr.
 
@@ -55,6 +57,7 @@ def find_ranks(
         InputError: bad settings, too little data, a loss that is not finite, or a budget out of reach.
     """
     names = targets if isinstance(targets, str) else ",".join(targets)
+    check_scaling(scaling)
     device = next(model.parameters()).device
     wanted = 2 * (steps + 64)
     batches = [_to(batch, device) for batch in itertools.islice(dataloader, wanted)]
@@ -92,6 +95,7 @@ def find_ranks(
         method=method,
         space=gains.ranks,
         scale=scale,
+        scaling=scaling,
     )
     found: Any = lora_config(plan)
     found.lvnas_gains = gains

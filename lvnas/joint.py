@@ -14,6 +14,7 @@ import numpy as np
 from lvnas import files
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.errors import InputError, unknown
+from lvnas.ranks import check_scaling
 from lvnas.search import search_tasks, write_plan
 from lvnas.strategies import Gains, SearchConfig
 
@@ -70,6 +71,7 @@ def search_jointly(
     budget: Budget,
     weights: Mapping[str, float] | None = None,
     max_rank: int | None = None,
+    scaling: str = "constant",
     dtype: str = "auto",
 ) -> dict[str, Any]:
     """Searches every task in a folder of its own in `out`, and writes a ranks.json there for the common budget.
@@ -81,6 +83,7 @@ def search_jointly(
     Raises:
         InputError: see `allocate_jointly` and `lvnas.search.search_task`; or two tasks of one name.
     """
+    check_scaling(scaling)
     folders = {task: Path(out) / Path(task).stem for task in tasks}
     if len(set(folders.values())) < len(tasks):
         raise InputError(f"tasks {', '.join(tasks)}: each needs a name of its own")
@@ -94,7 +97,7 @@ def search_jointly(
         "budget": budget.limit(costs) if budget.given else None,
         "spent": costs.spent(_keyed(plans)),
         "tasks": {
-            task: write_plan(folders[task], task, base, config, gains[task], plan, **facts)
+            task: write_plan(folders[task], task, base, config, gains[task], plan, scaling, **facts)
             for task, plan in plans.items()
         },
     }

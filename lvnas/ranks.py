@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lvnas import files
-from lvnas.errors import InputError
+from lvnas.errors import InputError, unknown
 from lvnas.modules import canonical_name
 
 FORMAT = "lvnas-ranks/1"
+SCALINGS = {"constant": 0.0, "alpha": 1.0, "rslora": 0.5}
+"""Convention -> e of the scaling s * (R / r) ** e, R the highest rank. `constant`: alpha grows with the rank.
+`alpha`: one alpha for all, alpha / r. `rslora`: one alpha for all, alpha / sqrt(r) (arXiv 2312.03732)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +32,9 @@ class RankPlan:
     space: list[int] = field(default_factory=list)
     """Ranks that the search could choose from."""
     scale: float = 1.0
-    """Constant LoRA scaling s of every module: alpha = s * rank."""
+    """LoRA scaling s of a module of the highest rank."""
+    scaling: str = "constant"
+    """How the scaling depends on a module's rank: one of SCALINGS."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Command, config, versions, seeds, hashes of the inputs."""
 
@@ -43,7 +48,7 @@ class RankPlan:
                 "task": self.task,
                 "method": self.method,
                 "space": self.space,
-                "scaling": {"convention": "constant", "scale": self.scale},
+                "scaling": {"convention": self.scaling, "scale": self.scale},
                 "ranks": self.ranks,
                 "provenance": dict(self.provenance),
             },
@@ -54,7 +59,7 @@ class RankPlan:
         """Reads `ranks.json`, or a bare JSON object {module name: rank} as other tools publish.
 
         Raises:
-            InputError: not such a file, or a rank that is not a whole number >= 0.
+            InputError: not such a file, a rank that is not a whole number >= 0, or an unknown scaling.
         """
         value = files.read_json(path)
         if not isinstance(value, dict):
@@ -82,8 +87,18 @@ class RankPlan:
             method=value.get("method"),
             space=value.get("space") or [],
             scale=float(value.get("scaling", {}).get("scale", 1.0)),
+            scaling=check_scaling(value.get("scaling", {}).get("convention", "constant")),
             provenance=value.get("provenance") or {},
         )
+
+    @property
+    def highest(self) -> int:
+        """The rank whose scaling is s under every convention: the space's highest, or else the plan's."""
+        return max([*self.space, *self.ranks.values()])
+
+    def scale_of(self, rank: int) -> float:
+        """The scaling of a module of `rank` > 0."""
+        return self.scale * (self.highest / rank) ** SCALINGS[self.scaling]
 
     def parameters(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """LoRA parameters of the plan: the sum of rank * (in + out).
@@ -106,6 +121,17 @@ class RankPlan:
 def uniform(names: Mapping[str, Any] | list[str], rank: int) -> RankPlan:
     """The same rank for every module in `names`."""
     return RankPlan(ranks=dict.fromkeys(names, rank), method="uniform", space=[rank])
+
+
+def check_scaling(name: str) -> str:
+    """Returns `name` if it is a scaling convention.
+
+    Raises:
+        InputError: it is not one.
+    """
+    if name not in SCALINGS:
+        raise unknown("scaling", name, SCALINGS)
+    return name
 
 
 def _kind(value: Any) -> str:

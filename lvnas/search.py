@@ -21,7 +21,7 @@ from lvnas.allocate import Budget, plan_ranks
 from lvnas.checkpoint import load_state, save_state
 from lvnas.errors import InputError
 from lvnas.progress import track
-from lvnas.ranks import RankPlan
+from lvnas.ranks import RankPlan, check_scaling
 from lvnas.strategies import Gains, SearchConfig, Strategy, check_method, make_strategy
 from lvnas.strategies.base import NonFiniteLoss, Stream
 from lvnas.supernet import check_space
@@ -139,6 +139,7 @@ def search_task(
     *,
     budget: Budget,
     max_rank: int | None = None,
+    scaling: str = "constant",
     dtype: str = "auto",
 ) -> dict[str, Any]:
     """Searches `base` on the task's train and search splits and writes `out`/ranks.json for `budget`.
@@ -150,12 +151,14 @@ def search_task(
         InputError: an unknown base, task or method, settings that do not fit, or a budget out of reach.
     """
     out = Path(out)
+    check_scaling(scaling)
     gains = search_tasks({task: out}, base, config, dtype=dtype)[task]
     ranks = plan_ranks(gains, budget, max_rank=max_rank)
     costs = budget.costs(gains)
     spent = {"by": budget.by, "budget": budget.limit(costs) if budget.given else None}
     spent |= {"spent": costs.spent(ranks)}
-    return write_plan(out, task, base, config, gains, ranks, budget=dataclasses.asdict(budget)) | spent
+    facts = {"budget": dataclasses.asdict(budget)}
+    return write_plan(out, task, base, config, gains, ranks, scaling, **facts) | spent
 
 
 def search_tasks(
@@ -197,6 +200,7 @@ def write_plan(
     config: SearchConfig,
     gains: Gains,
     ranks: dict[str, int],
+    scaling: str,
     **facts: Any,
 ) -> dict[str, Any]:
     """Writes `out`/ranks.json; `facts` (the budget) go into its provenance.
@@ -214,6 +218,7 @@ def write_plan(
         method=config.method,
         space=gains.ranks,
         scale=config.scale,
+        scaling=scaling,
         provenance=made,
     )
     plan.write(out / RANKS)

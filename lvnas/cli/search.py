@@ -13,6 +13,7 @@ BY = (
     "or latency, measured by `lvnas profile`."
 )
 
+SCALING = "Of lower ranks: constant, alpha (alpha / r) or rslora (alpha / sqrt r), for derive."
 WEIGHT = "With --joint: what a task's gains count, such as its share of the traffic; 1 by default."
 
 
@@ -36,7 +37,8 @@ WEIGHT = "With --joint: what a task's gains count, such as its share of the traf
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples per step."
 )
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="AdamW's, for A and B.")
-@click.option("--scale", type=float, default=1.0, show_default=True, help="LoRA scaling, same for all ranks.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="LoRA scaling of the highest rank.")
+@click.option("--scaling", default="constant", show_default=True, help=SCALING)
 @click.option("--seed", default=0, show_default=True, help="Of LoRA's start and of the data's order.")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the base's weights.")
@@ -57,6 +59,7 @@ def command(
     by: str,
     table: str | None,
     max_rank: int | None,
+    scaling: str,
     dtype: str,
     out: Path,
     as_json: bool,
@@ -77,7 +80,7 @@ def command(
         method=method, targets=targets, ranks=parse_ranks(ranks), options=parse_options(options), **settings
     )
     budget = Budget(params=params, ratio=ratio, like_uniform=like_uniform, amount=amount, by=by, table=table)
-    common: dict[str, Any] = {"budget": budget, "max_rank": max_rank, "dtype": dtype}
+    common: dict[str, Any] = {"budget": budget, "max_rank": max_rank, "scaling": scaling, "dtype": dtype}
     if joint:
         summary = search_jointly(tasks, base, config, out, weights=parse_weights(weights), **common)
     elif len(tasks) == 1 and not weights:

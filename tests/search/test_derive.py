@@ -7,12 +7,14 @@ import pytest
 import search_models as models
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lvnas import search
+from lvnas import inspect, search
+from lvnas.adapters import read_adapter
 from lvnas.derive import derive, lora_config
 from lvnas.errors import InputError
-from lvnas.ranks import RankPlan
+from lvnas.pack import PackOptions, pack
+from lvnas.ranks import SCALINGS, RankPlan
 from lvnas.strategies import SearchConfig
 from lvnas.supernet import Supernet
 
@@ -70,6 +72,58 @@ def test_same_seed_same_bytes(tmp_path, shapes):
 def test_the_config_alone_makes_the_same_ranks(shapes):
     model = get_peft_model(models.mllama(), lora_config(mixed(shapes)))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == mixed(shapes).parameters(shapes)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_scalings_in_peft_in_packs_and_in_inspect(scaling, tmp_path, shapes):
+    """Highest rank R = 4: s everywhere; s R / r; s sqrt(R / r)."""
+    plan = mixed(shapes)
+    plan.scaling = scaling
+    derive(plan, shapes, tmp_path / "adapter", seed=3)
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.normal_(std=0.2, generator=generator)
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors", {"format": "pt"})
+    wanted = {name: plan.scale_of(rank) for name, rank in plan.ranks.items() if rank}
+    assert sorted(set(wanted.values())) == pytest.approx(
+        {"constant": [2], "alpha": [2, 4, 8], "rslora": [2, 2 * 2**0.5, 4]}[scaling]
+    )
+
+    model = load(tmp_path / "adapter")
+    found = {
+        name.removeprefix("base_model.model."): layer.scaling["default"]
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert found == pytest.approx(wanted)
+    modules = read_adapter(tmp_path / "adapter").modules
+    assert {name: module.scale for name, module in modules.items()} == pytest.approx(wanted)
+    [described] = inspect.describe(tmp_path / "adapter")
+    assert described["scaling"]["lowest"] == pytest.approx(min(wanted.values()))
+    assert described["scaling"]["highest"] == pytest.approx(max(wanted.values()))
+
+    batch = models.mllama_batch()
+    expected = model.eval()(**batch).loss
+    assert abs(expected - models.mllama().eval()(**batch).loss) > 1e-3
+    for layout in ("pad", "ragged"):
+        pack([read_adapter(tmp_path / "adapter")], tmp_path / layout, PackOptions(layout=layout))
+        [packed] = (tmp_path / layout / "adapters").iterdir()
+        torch.testing.assert_close(load(packed).eval()(**batch).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_inheriting_keeps_the_update_under_every_scaling(tmp_path, shapes):
+    update = trained_search(tmp_path)
+    products = []
+    for scaling in SCALINGS:
+        plan = RankPlan(ranks=dict.fromkeys(shapes, 1), scale=0.5, scaling=scaling, space=[1, 4])
+        derive(plan, shapes, tmp_path / scaling, update=update)
+        adapter = read_adapter(tmp_path / scaling)
+        products.append([m.scale * b @ a for m in adapter.modules.values() for a, b in [m.factors()]])
+    for other in products[1:]:
+        torch.testing.assert_close(other, products[0])
+    assert adapter.modules[next(iter(shapes))].scale == pytest.approx(0.5 * 2)  # rslora: sqrt(4 / 1)
 
 
 def trained_search(tmp_path):

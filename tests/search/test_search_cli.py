@@ -22,7 +22,7 @@ def test_search_and_derive(lvnas, raw_tiny, tmp_path):
     assert plan["format"] == "lvnas-ranks/1" and plan["task"] == "codewords" and plan["space"] == [0, 2, 4]
     assert plan["provenance"]["budget"]["like_uniform"] == 2
 
-    for name, extra in (("fresh", ()), ("inherited", ("--inherit",))):
+    for name, extra in (("fresh", ()), ("inherited", ("--inherit",)), ("rs", ("--scaling", "rslora"))):
         code, printed, errors = lvnas(
             "derive", out / "ranks.json", "--out", tmp_path / name, *extra, "--json"
         )
@@ -30,6 +30,8 @@ def test_search_and_derive(lvnas, raw_tiny, tmp_path):
         assert json.loads(printed)["parameters"] == summary["parameters"]
         facts = json.loads((tmp_path / name / "lvnas.json").read_text())
         assert (facts["vision_features"], facts["pre_image_rows"]) == ("reference", "transformers")
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["use_rslora"] == (name == "rs")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,7 @@ def test_search_and_derive(lvnas, raw_tiny, tmp_path):
         (("codeword",), "unknown task 'codeword'"),
         (("codewords", "--ranks", "4,x"), "'4,x' are not whole numbers"),
         (("codewords", "--ranks", "4"), "two or more different"),
+        (("codewords", "--scaling", "rs"), "unknown scaling 'rs'; allowed: constant, alpha, rslora"),
         (("codewords", "--option", "batches"), "not of the form NAME=VALUE"),
         (("codewords", "--targets", "qkv"), "targets 'qkv' match no linear module"),
         (("codewords", "--method", "uniform"), "this method needs a budget; give one of params, ratio"),
