@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from lvnas import distributed
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.derive import lora_config
 from lvnas.errors import InputError
@@ -39,7 +40,8 @@ def find_ranks(
 
     Args:
         model: the base, without an adapter, on its device.
-        dataloader: batches with labels, as `model(**batch)` takes them; at least two.
+        dataloader: batches with labels, as `model(**batch)` takes them; at least two. In several processes
+            (torchrun, Accelerate) each gives its own; all find the same ranks.
         budget: LoRA parameters ("10M"), or a `lvnas.allocate.Budget`; only `darts` can do without.
         method: a strategy of `lvnas.strategies`.
         targets: groups or module names: `lvnas.modules.find_targets`.
@@ -69,7 +71,7 @@ def find_ranks(
         ranks=list(ranks),
         scale=scale,
         steps=steps,
-        batch_size=_size(batches[0]),
+        batch_size=_size(batches[0]) * distributed.place()[1],
         learning_rate=learning_rate,
         seed=seed,
         options=dict(options or {}),

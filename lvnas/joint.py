@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lvnas import files
+from lvnas import distributed, files
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.errors import InputError, unknown
 from lvnas.ranks import check_scaling
@@ -101,9 +101,9 @@ def search_jointly(
             for task, plan in plans.items()
         },
     }
-    files.write_json(
-        Path(out) / SUMMARY, {"format": FORMAT, **summary, "provenance": files.provenance(**facts)}
-    )
+    if distributed.is_first():
+        made = files.provenance(**facts)
+        files.write_json(Path(out) / SUMMARY, {"format": FORMAT, **summary, "provenance": made})
     return summary
 
 

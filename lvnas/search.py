@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lvnas import files
+from lvnas import distributed, files
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.checkpoint import load_state, save_state
 from lvnas.errors import InputError
@@ -44,6 +44,7 @@ class Shuffled:
         epoch, place = divmod(index, len(self.examples) // self.size)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
         ids = order[place * self.size : (place + 1) * self.size].tolist()
+        ids = distributed.share(ids)
         return self.collate([self.examples[i] for i in ids]), ids
 
 
@@ -74,7 +75,7 @@ def fit(
     if state_path and state_path.exists():
         losses = _load(strategy, state_path, identity)
     left = range(len(losses), strategy.steps)
-    bar = track(left, title) if title and left else None
+    bar = track(left, title) if title and left and distributed.is_first() else None
     for index in bar or left:
         try:
             losses.append(strategy.step(index, train, search))
@@ -123,11 +124,13 @@ def run(
         for name, pair in strategy.update().items()
         for side, matrix in zip("AB", pair, strict=True)
     }
-    if update:
+    if update and distributed.is_first():
         files.write_bytes(out / UPDATE, safetensors.torch.save(update, {"scale": str(config.scale)}))
     strategy.close()
-    files.write_json(out / SCORES, _scores(gains, identity, losses))
-    (out / STATE).unlink(missing_ok=True)
+    if distributed.is_first():
+        files.write_json(out / SCORES, _scores(gains, identity, losses))
+        (out / STATE).unlink(missing_ok=True)
+    distributed.wait()
     return gains
 
 
@@ -175,7 +178,7 @@ def search_tasks(
     check_method(config.method)
     splits = {task: tasks.load_task(task).splits for task in folders}
     model, processor = bases.load(base, dtype=dtype)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = distributed.join()
     model.to(device)
     collate = Collator(processor)
 
@@ -221,7 +224,8 @@ def write_plan(
         scaling=scaling,
         provenance=made,
     )
-    plan.write(out / RANKS)
+    if distributed.is_first():
+        plan.write(out / RANKS)
     parameters = plan.parameters(gains.shapes)
     counts = Counter(ranks.values())
     return {
@@ -289,6 +293,8 @@ def _scores(gains: Gains, identity: Mapping[str, Any], losses: Sequence[float]) 
 
 
 def _save(strategy: Strategy, losses: list[float], path: Path, identity: Mapping[str, Any] | None) -> None:
+    if not distributed.is_first():
+        return
     state = {
         "identity": identity,
         "losses": losses,

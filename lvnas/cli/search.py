@@ -69,8 +69,10 @@ def command(
     """Find a LoRA rank for every module of BASE on TASK, within a budget; writes OUT/ranks.json.
 
     A finished search is not repeated: with the same settings and another budget it only allocates again.
+    Under torchrun (-m lvnas search ...) the processes share every batch.
     """
     from lvnas.allocate import Budget
+    from lvnas.distributed import is_first
     from lvnas.errors import InputError
     from lvnas.joint import parse_weights, search_jointly
     from lvnas.search import parse_options, parse_ranks, search_task
@@ -89,6 +91,8 @@ def command(
         raise InputError(
             f"{len(tasks)} tasks: one at a time, or with --joint under one budget (and --weight)"
         )
+    if not is_first():
+        return
     if as_json:
         print(json.dumps(summary, indent=1))
         return

@@ -13,6 +13,7 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from lvnas import distributed
 from lvnas.strategies.base import Gains, NonFiniteLoss, SearchConfig, Strategy, Stream
 
 ADAPTER = "default"
@@ -48,6 +49,7 @@ class AdaLora(Strategy):
             ),
         )
         self.parameters = {n: p for n, p in self.peft.named_parameters() if p.requires_grad}
+        distributed.copy_from_first(self.parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=0.0
         )
@@ -56,13 +58,14 @@ class AdaLora(Strategy):
     def step(self, index: int, train: Stream, search: Stream) -> float:
         inputs, ids = train[index]
         loss = self.peft.train()(**inputs).loss
-        value = loss.item()
+        value = distributed.mean(loss.item())
         if not np.isfinite(value):
-            raise NonFiniteLoss(value, "train", ids)
+            raise NonFiniteLoss(value, "train", distributed.gather(ids))
         loss.backward()
         for parameter in self.parameters.values():
             if parameter.grad is None:  # a batch without images does not reach the vision tower
                 parameter.grad = torch.zeros_like(parameter)
+        distributed.average_gradients(self.parameters.values())
         self.optimizer.step()
         self.peft.base_model.update_and_allocate(index)
         self.optimizer.zero_grad()

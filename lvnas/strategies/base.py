@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from lvnas import distributed
 from lvnas.errors import InputError
 from lvnas.modules import find_targets
 from lvnas.supernet import Supernet, check_space
@@ -155,6 +156,7 @@ class SupernetStrategy(Strategy):
     def __init__(self, model: nn.Module, config: SearchConfig) -> None:
         super().__init__(model, config)
         self.net = Supernet(model, config.targets, config.ranks, scale=config.scale)
+        distributed.copy_from_first(self.net.weights())
 
     def backward(self, split: str, batch: tuple[Mapping[str, Any], Sequence[int]]) -> float:
         """Loss of a batch, after its backward pass; only those on search-validation reach the gates."""
@@ -162,10 +164,11 @@ class SupernetStrategy(Strategy):
         self.net.peft.train()
         self.net.watch_gates(split == "search")
         loss = self.net.loss(inputs)
-        value = loss.item()
+        value = distributed.mean(loss.item())
         if not np.isfinite(value):
-            raise NonFiniteLoss(value, split, ids)
+            raise NonFiniteLoss(value, split, distributed.gather(ids))
         loss.backward()
+        distributed.average_gradients([*self.net.weights(), *self.net.gates.values()])
         return value
 
     def state(self) -> dict[str, Any]:

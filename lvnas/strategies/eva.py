@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora.eva import SVDHook
 from torch import nn
 
+from lvnas import distributed
 from lvnas.errors import InputError
 from lvnas.strategies.base import Gains, NonFiniteLoss, SearchConfig, Strategy, Stream
 
@@ -29,6 +30,7 @@ class Eva(Strategy):
         """Cosine similarity between two updates above which a component has converged (PEFT's default)."""
 
     def __init__(self, model: nn.Module, config: SearchConfig) -> None:
+        distributed.alone("method eva")
         super().__init__(model, config)
         self.steps = config.steps
         self.hooks = {
