@@ -118,16 +118,11 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA
     def get_mm_lora_token_counts(
         self, *, modality: str, mm_kwargs: Mapping[str, Any] | None, num_mm_embeds: int
     ) -> tuple[int, int]:
-        """Tokens (in the vision model, after it) of one item; without an item, the most a budget admits.
-
-        The budget counts the tokens that the cache keeps, at least one tile per request, while the vision
-        model runs on every tile of every image.
-        """
+        """Tokens (in the vision model, after it) of one item; without an item, the most a budget admits."""
         if mm_kwargs is not None:
             images = mm_kwargs["aspect_ratio_ids"].data.numel()
         else:
-            per_request = max(1, self.config.max_source_positions // self.image_tokens)
-            images = max(1, num_mm_embeds // self.tile_tokens) * per_request
+            images = num_mm_embeds // self.image_tokens  # see MllamaEncoderBudget
         tiles = images * self.config.vision_config.max_num_tiles
         return tiles * padded_patches(self.config), tiles * self.tile_tokens
 

@@ -112,6 +112,7 @@ def _admit_whole_images(vllm_config: "VllmConfig") -> None:
         if getattr(scheduler, limit) < tokens:
             logger.info("%s raised to %d: the images of a request are encoded in one step", limit, tokens)
             setattr(scheduler, limit, tokens)
+    vllm_config.ec_manager_config.encoder_cache_manager_cls = "lvnas_vllm.mllama_budget.MllamaEncoderBudget"
 
 
 def _run_eagerly(vllm_config: "VllmConfig") -> None:

@@ -190,6 +190,9 @@ RAGGED_NAMES = {
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.set_lora": ("index", "lora_a", "lora_b"),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.reset_lora": ("index",),
     "vllm.lora.layers:MergedColumnParallelLinearWithLoRA.expand_packed_lora": ("lora_a", "lora_b"),
+    "vllm.lora.layers:ClassificationHeadWithLoRA.create_lora_weights": (
+        *("max_loras", "lora_config", "model_config"),
+    ),
     "vllm.lora.layers:LogitsProcessorWithLoRA.create_lora_weights": (
         *("max_loras", "lora_config", "model_config"),
     ),
@@ -229,16 +232,8 @@ def changed_ragged_names() -> list[str]:
 
 def install_ragged() -> None:
     """Puts the ragged layers, managers and punica wrapper in the places where vLLM looks its own up."""
-    from vllm.lora import utils
-    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
-    from vllm.platforms import current_platform
-    from vllm.v1.worker import lora_model_runner_mixin
-
     from lvnas.errors import InputError
-    from lvnas_vllm.ragged import layers, manager
 
-    if lora_model_runner_mixin.LRUCacheWorkerLoRAManager is manager.RaggedWorkerManager:
-        return
     if changed := changed_ragged_names():
         import vllm
 
@@ -246,6 +241,15 @@ def install_ragged() -> None:
             f"LVNAS_RAGGED=1 does not know vLLM {vllm.__version__}: {'; '.join(changed)} changed; "
             "install vllm 0.32.0, or unset LVNAS_RAGGED"
         )
+    from vllm.lora import utils
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import lora_model_runner_mixin
+
+    from lvnas_vllm.ragged import layers, manager
+
+    if lora_model_runner_mixin.LRUCacheWorkerLoRAManager is manager.RaggedWorkerManager:
+        return
     wrappers = {
         "cpu": "lvnas_vllm.ragged.wrapper.RaggedWrapperCPU",
         "cuda": "lvnas_vllm.ragged.wrapper_gpu.RaggedWrapperGPU",
