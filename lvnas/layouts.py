@@ -77,8 +77,7 @@ class Layout:
         with one_thread():
             a_RD, b_OR = module.factors()
             scale = module.scale if self.padded else 1.0
-            a_RD = _cast(a_RD, dtype, module.name)
-            b_OR = _cast(b_OR if scale == 1.0 else b_OR.float() * scale, dtype, module.name)
+            a_RD, b_OR = _cast(a_RD, 1.0, dtype, module.name), _cast(b_OR, scale, dtype, module.name)
             if self.padded and module.rank < max_rank:
                 a_RD = _padded(a_RD, (max_rank, module.in_features))
                 b_OR = _padded(b_OR, (module.out_features, max_rank))
@@ -118,15 +117,16 @@ class Layout:
         return {"convention": "per-module", "scale": {n: _tidy(m.scale) for n, m in self.modules.items()}}
 
 
-def _cast(tensor: "Tensor", dtype: Any, module: str) -> "Tensor":
-    """`tensor` as `dtype`; only a value that was finite before and is not after can be at fault here."""
-    if tensor.dtype == dtype:
+def _cast(tensor: "Tensor", scale: float, dtype: Any, module: str) -> "Tensor":
+    """`scale * tensor`, rounded once, as `dtype`; a value that is not finite can only be a finite one's overflow."""
+    if scale == 1.0 and tensor.dtype == dtype:
         return tensor
-    cast = tensor.to(dtype)
-    if not cast.isfinite().all():
+    # In its own type torch multiplies in float32 and rounds once: the same bits as by way of float32, without the copy.
+    cast = tensor * scale if tensor.dtype == dtype else (tensor.float() * scale).to(dtype)
+    if cast.numel() and not all(extreme.isfinite() for extreme in cast.aminmax()):  # a NaN is both extremes
         kind = str(dtype).removeprefix("torch.")
         raise InputError(
-            f"{module}: values up to {tensor.abs().max():.3g} do not fit {kind}; use --dtype float32"
+            f"{module}: values up to {float(tensor.abs().max()) * scale:.3g} do not fit {kind}; use --dtype float32"
         )
     return cast
 

@@ -13,6 +13,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lvnas.errors import InputError
 MAX_HEADER = 16 << 20
 """Bytes. An adapter of 2,000 modules has a header below 1 MB; a huge one is an attack on the JSON parser."""
 MAX_JSON = 16 << 20
+_BATCH = 8 << 20
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -239,22 +241,53 @@ def header_bytes(tensors: Iterable[Planned]) -> bytes:
 def write_tensors(path: Path, tensors: list[Planned], data: Iterator[bytes | bytearray | memoryview]) -> str:
     """Writes a safetensors file in one pass and flushes it to the disk.
 
+    Hashing and flushing release the GIL: they run beside the reading and writing.
+
     Args:
         path: a new file.
         tensors: what the header announces.
-        data: the bytes of each tensor in turn; only one is held at a time.
+        data: the bytes of each tensor in turn; about three batches of 8 MiB, or one large tensor, are held at a time.
 
     Returns:
         The file's hex SHA-256.
     """
     header = header_bytes(tensors)
     digest = hashlib.sha256(header)
-    with path.open("xb") as file:
+    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
         file.write(header)
-        for tensor, chunk in zip(tensors, data, strict=True):
-            assert memoryview(chunk).nbytes == tensor.nbytes, tensor.name
-            file.write(chunk)
-            digest.update(chunk)
+        hashing, flushing = hasher.submit(int), flusher.submit(int)
+        for batch in _batches(tensors, data):
+            file.writelines(batch)
+            hashing.result()
+            hashing = hasher.submit(_update, digest, batch)
+            if flushing.done():
+                flushing.result()
+                flushing = flusher.submit(os.fdatasync, file.fileno())
+            if len(batch) == 1:  # perhaps a very large one: not two of those in memory
+                hashing.result()
+        flushing.result()
         file.flush()
         os.fsync(file.fileno())
+        hashing.result()
     return digest.hexdigest()
+
+
+def _batches(
+    tensors: list[Planned], data: Iterator[bytes | bytearray | memoryview]
+) -> Iterator[list[bytes | bytearray | memoryview]]:
+    """`data` in pieces of about 8 MiB: handing each tensor to a thread would cost more than hashing it."""
+    batch: list[bytes | bytearray | memoryview] = []
+    size = 0
+    for tensor, chunk in zip(tensors, data, strict=True):
+        assert memoryview(chunk).nbytes == tensor.nbytes, tensor.name
+        batch.append(chunk)
+        size += tensor.nbytes
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _update(digest: Any, batch: list[bytes | bytearray | memoryview]) -> None:
+    for chunk in batch:
+        digest.update(chunk)

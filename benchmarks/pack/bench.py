@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from lvnas import files
-from lvnas.adapters import read_adapter
+from lvnas.adapters import WEIGHTS_NAME, read_adapter
 from lvnas.bases.shapes import linear_shapes
 from lvnas.modules import find_targets, rank_pattern_key
 from lvnas.pack import pack
@@ -115,17 +115,39 @@ def measure(source: Path, layout: str, work: Path, rounds: int) -> dict[str, Any
     }
 
 
-def measure_many(source: Path, counts: tuple[int, ...], work: Path) -> list[dict[str, Any]]:
-    """Seconds per adapter for runs of several sizes."""
-    found = []
-    for count in counts:
-        adapters = [read_adapter(source, f"a{index:03}") for index in range(count)]
-        start = time.perf_counter()
-        pack(adapters, work / "many", PackOptions(layout="ragged"))
-        seconds = time.perf_counter() - start
-        found.append({"adapters": count, "seconds": seconds, "seconds_each": seconds / count})
-        shutil.rmtree(work / "many")
-    return found
+def measure_many(source: Path, counts: tuple[int, ...], rounds: int, work: Path) -> list[dict[str, Any]]:
+    """Medians per adapter for runs of several sizes, with copies of as many files in turns.
+
+    Processor time tells whether the work is linear; wall time also how the disk takes so many bytes.
+    """
+    times: dict[int, list[tuple[float, float, float]]] = {count: [] for count in counts}
+    for _ in range(rounds):
+        for count in counts:
+            adapters = [read_adapter(source, f"a{index:03}") for index in range(count)]
+            start, busy = time.perf_counter(), time.process_time()
+            pack(adapters, work / "many", PackOptions(layout="ragged"))
+            packed, busy = time.perf_counter() - start, time.process_time() - busy
+            shutil.rmtree(work / "many")
+            (work / "copies").mkdir()
+            copied = sum(copy_and_hash(source / WEIGHTS_NAME, work / "copies" / a.name) for a in adapters)
+            shutil.rmtree(work / "copies")
+            times[count].append((packed / count, busy / count, copied / count))
+    rows = []
+    for count, found in times.items():
+        packed, busy, copied = (statistics.median(column) for column in zip(*found, strict=True))
+        ratio = statistics.median(copy / own for own, _, copy in found)
+        rows.append(
+            {
+                "adapters": count,
+                "bytes_each": (source / WEIGHTS_NAME).stat().st_size,
+                "seconds_each": packed,
+                "processor_seconds_each": busy,
+                "copy_seconds_each": copied,
+                "speed_of_copy": ratio,
+                "rounds": [[round(value, 5) for value in row] for row in found],
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -164,7 +186,7 @@ def main() -> None:
             for layout in ("ragged", "pad")
         ]
         small = make(work / "small", dict.fromkeys(names[:80], 32), shapes)
-        many = measure_many(small, tuple(arguments.many), work)
+        many = measure_many(small, tuple(arguments.many), 3, work)
     load = os.getloadavg()
     result = {
         "single": single,
@@ -180,7 +202,11 @@ def main() -> None:
             f"(limit {row['memory_limit_bytes'] / 1e6:.0f} MB)"
         )
     for row in many:
-        print(f"{row['adapters']} adapters: {row['seconds_each'] * 1000:.1f} ms each")
+        print(
+            f"{row['adapters']} adapters of {row['bytes_each'] / 1e6:.1f} MB: {row['seconds_each'] * 1e3:.1f} ms each, "
+            f"{row['processor_seconds_each'] * 1e3:.1f} ms of processor time, "
+            f"{row['speed_of_copy']:.2f} of the copy's speed"
+        )
 
 
 if __name__ == "__main__":

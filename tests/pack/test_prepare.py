@@ -109,6 +109,22 @@ def test_targets_that_cannot_be_met(cut: dict[str, Any], message: str, tmp_path:
     assert not list((tmp_path / "pack").glob("*/*")) if (tmp_path / "pack").exists() else True
 
 
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "alpha"), [(torch.float32, "float16", 16), (torch.float16, None, 1 << 20)]
+)
+def test_values_that_leave_the_element_type(
+    dtype: torch.dtype, wanted: str | None, alpha: int, tmp_path: Path
+) -> None:
+    """By the change of type, or by the scale that `pad` multiplies in."""
+    folder = make_adapter(tmp_path / "a", dtype=dtype, lora_alpha=alpha)
+    if wanted:
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({n: value * 1e5 for n, value in weights.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"values up to .* do not fit float16; use --dtype float32"):
+        pack([read_adapter(folder)], tmp_path / "pack", PackOptions(dtype=wanted))
+    assert not (tmp_path / "pack/manifest.json").exists()
+
+
 def test_a_rank_above_vllm_s_highest(tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "a", {"model.layers.0.q_proj": (600, 600, 520)})
     with pytest.raises(InputError, match="rank 520 is above 512, vLLM's highest; reduce it with --max-rank"):
