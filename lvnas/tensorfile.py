@@ -255,7 +255,8 @@ def write_tensors(path: Path, tensors: list[Planned], data: Iterator[bytes | byt
     digest = hashlib.sha256(header)
     with path.open("xb") as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
         file.write(header)
-        hashing, flushing = hasher.submit(int), flusher.submit(int)
+        hashing = hasher.submit(_update, digest, [])
+        flushing = flusher.submit(os.fdatasync, file.fileno())
         for batch in _batches(tensors, data):
             file.writelines(batch)
             hashing.result()
