@@ -27,8 +27,11 @@ class PopulationLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(self.a.shape[0], -1, x.shape[-1])
-        update = torch.bmm(torch.bmm(rows, self.a.mT), self.b.mT)
-        return self.base(x) + self.scale * update.reshape(*x.shape[:-1], -1)
+        base = self.base(x)
+        hidden = torch.bmm(rows, self.a.mT)
+        return torch.baddbmm(base.view(*rows.shape[:2], -1), hidden, self.b.mT, alpha=self.scale).view_as(
+            base
+        )
 
 
 class Population:
@@ -90,10 +93,15 @@ class Population:
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none")
         return losses.view(self.size, -1).mean(dim=1)
 
-    def step(self, inputs: Mapping[str, Tensor], rate: float = 1.0) -> Tensor:
-        """One AdamW step (no weight decay) at `rate` times each plan's learning rate; returns the losses [P]."""
+    def step(self, inputs: Mapping[str, Tensor], rate: float = 1.0, clip: float = math.inf) -> Tensor:
+        """One AdamW step (no weight decay) at `rate` times each plan's learning rate; returns the losses [P].
+
+        Each plan's gradient is scaled to a norm of `clip` at most.
+        """
         losses = self.losses(inputs)
         gradients = torch.autograd.grad(losses.sum(), self.weights, allow_unused=True)
+        if math.isfinite(clip):
+            gradients = _clipped(gradients, clip)
         self.steps += 1
         correction = [1 - beta**self.steps for beta in BETAS]
         with torch.no_grad():
@@ -125,6 +133,13 @@ class Population:
 
 MAX_RANK = 64
 """A is always drawn at this rank, so that it does not depend on the highest rank among the plans."""
+
+
+def _clipped(gradients: Sequence[Tensor | None], clip: float) -> list[Tensor | None]:
+    """As `torch.nn.utils.clip_grad_norm_`, plan by plan."""
+    norm = sum(g.square().sum(dim=(1, 2)) for g in gradients if g is not None).sqrt()
+    factor = (clip / (norm + 1e-6)).clamp(max=1.0).view(-1, 1, 1)
+    return [None if g is None else g * factor for g in gradients]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

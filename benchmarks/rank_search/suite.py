@@ -1,10 +1,9 @@
 """One cell of the benchmark: a task and a seed, all searches, all budgets, every plan trained and tested."""
 
-import dataclasses
 import hashlib
-import random
+import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,51 +11,59 @@ from typing import Any
 import numpy as np
 import torch
 from population import Population
+from suite_tasks import RECIPES, draw
 from torch import Tensor
 
 import lvnas
-from lvnas import search, tasks
+from lvnas import search
 from lvnas.allocate import allocate
 from lvnas.strategies import Gains, SearchConfig, make_strategy
 from lvnas.supernet import factor
-from lvnas.tasks.batches import Collator
 
 METHOD_FILES = (
     "supernet.py",
     "allocate.py",
-    "search.py",
     "strategies/base.py",
     "strategies/warm.py",
     "strategies/score.py",
 )
+SPLITS = ("train", "search", "test")
 
 
 @dataclass(kw_only=True, slots=True)
 class Settings:
     """Everything that decides a run's numbers; saved with them."""
 
-    tasks: list[str] = field(default_factory=lambda: ["codewords", "inverted", "inverted-codewords", "sum"])
-    seeds: int = 3
+    tasks: list[str] = field(default_factory=lambda: list(RECIPES))
+    seeds: int = 5
     """Fresh seeds per task, from the hash of the method's source: another method, other seeds."""
     pilot: bool = False
-    """Use the seeds 0, 1, ... that methods may be developed on."""
-    budgets: list[float] = field(default_factory=lambda: [0.5, 1.0])
+    """Use the seeds 0, 1, ... that methods are developed on."""
+    budgets: list[float] = field(default_factory=lambda: [1.0])
     """In units of a uniform rank."""
     ranks: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 8])
-    steps: int = 60
-    """Training steps of a plan; an inheriting plan trains `warm` fewer."""
-    batch_size: int = 8
-    warm: int = 24
+    curve: list[int] = field(default_factory=list)
+    """Uniform ranks to train as well, whatever the budgets."""
+    steps: int = 100
+    """Training steps of a plan; those that inherit train as many fewer as their search took."""
+    batch_size: int = 16
+    warm: int = 33
     """Training steps of every search."""
     scoring: int = 16
     """Scoring batches of `score`."""
-    search_rate: float = 5e-3
+    search_rate: float = 1e-2
     """Learning rate of every search."""
-    rates: list[float] = field(default_factory=lambda: [5e-3, 1e-2])
+    rates: list[float] = field(default_factory=lambda: [1e-2, 2e-2, 3e-2])
     """A plan's learning rates; the best on search-validation counts."""
+    clip: float = 0.5
+    """Highest norm of a plan's gradient: the base's first losses are high, and Adam would remember them."""
     random: int = 20
     """Random plans per budget."""
-    examples: dict[str, int] = field(default_factory=lambda: {"train": 480, "search": 128, "test": 256})
+    examples: dict[str, int] = field(default_factory=lambda: {"train": 3200, "search": 512, "test": 512})
+    together: int = 32
+    """Plans in a population; changes the time only."""
+    methods: list[str] | None = None
+    """Searches to run; all if None."""
 
 
 def fresh_seeds(settings: Settings) -> list[int]:
@@ -71,80 +78,101 @@ def fresh_seeds(settings: Settings) -> list[int]:
 
 
 class Data:
-    """A task's splits as tensors; `permuted` gives each training question another one's answer."""
+    """A task's splits as tensors, drawn anew for each seed."""
 
-    def __init__(self, task: str, processor: Any, sizes: dict[str, int], *, permuted: bool = False) -> None:
-        collate = Collator(processor)
-        self.splits = {}
-        for name, examples in tasks.load_task(task, sizes).splits.items():
-            if permuted:
-                answers = [example.assistant for example in examples]
-                random.Random(0).shuffle(answers)
-                pairs = zip(examples, answers, strict=True)
-                examples = [dataclasses.replace(example, assistant=answer) for example, answer in pairs]
-            self.splits[name] = collate(examples)
+    def __init__(
+        self, task: str, processor: Any, settings: Settings, seed: int, *, permuted: bool = False
+    ) -> None:
+        self.seed, self.size = seed, settings.batch_size
+        self.splits = {
+            split: draw(
+                RECIPES[task],
+                split,
+                settings.examples[split],
+                3 * seed + number,
+                processor,
+                permuted=permuted and split != "test",
+            )
+            for number, split in enumerate(SPLITS)
+        }
 
-    def stream(self, split: str, size: int, seed: int) -> search.Shuffled:
+    def stream(self, split: str, seed: int) -> search.Shuffled:
         tensors = self.splits[split]
-        return search.Shuffled(range(len(tensors["labels"])), lambda ids: _rows(tensors, ids), size, seed)
-
-
-def _rows(tensors: Mapping[str, Tensor], ids: list[int]) -> dict[str, Tensor]:
-    rows = {name: value[ids] for name, value in tensors.items()}
-    longest = int(rows["attention_mask"].sum(dim=1).max())
-    along_text = ("input_ids", "attention_mask", "labels", "cross_attention_mask")
-    return {name: value[:, :longest] if name in along_text else value for name, value in rows.items()}
+        return search.Shuffled(
+            range(len(tensors["labels"])),
+            lambda ids: {name: value[ids] for name, value in tensors.items()},
+            self.size,
+            seed,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
 class Found:
-    """What the searches of a cell gave."""
+    """What a search gave."""
 
-    gains: dict[str, Gains]
-    seconds: dict[str, float]
-    update: dict[str, tuple[Tensor, Tensor]]
-    """Of `score`'s warm-up, sorted by singular value."""
+    gains: Gains
+    seconds: float = 0.0
+    steps: int = 0
+    """Batches that it trained or scored on."""
+    update: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Its trained A and B, sorted by singular value."""
 
 
-def search_all(model: Any, data: Data, permuted: Data, settings: Settings, seed: int) -> Found:
-    """Every method's gains; the three of `score` share a warm-up."""
-    found = Found(gains={}, seconds={}, update={})
-    for name, method, source, options in (
-        ("score", "score", data, {"batches": settings.scoring}),
-        ("score-permuted", "score", permuted, {"batches": settings.scoring}),
-        ("darts", "darts", data, {}),
-        ("adalora", "adalora", data, {"target_rank": 1}),
-        ("eva", "eva", data, {}),
-        ("uniform", "uniform", data, {}),
-        ("text-only", "type", data, {"group": "text"}),
-        ("vision-only", "type", data, {"group": "vision"}),
-    ):
-        start = time.process_time()
-        config = SearchConfig(
-            method=method,
-            ranks=settings.ranks,
-            steps=settings.warm,
-            batch_size=settings.batch_size,
-            learning_rate=settings.search_rate,
-            seed=seed,
-            options=options,
-        )
-        torch.manual_seed(seed)
-        strategy = make_strategy(model, config)
-        streams = (source.stream(split, settings.batch_size, seed) for split in ("train", "search"))
-        search.fit(strategy, *streams)
-        found.gains[name] = strategy.gains()
-        found.seconds[name] = time.process_time() - start
-        if name == "score":
-            for part in ("removal", "size"):
-                strategy.options.combine = part
-                found.gains[part] = strategy.gains()
-            found.gains["score-inverted"] = found.gains["score"].inverted()
-            found.update = {key: _sorted(a, b) for key, (a, b) in strategy.update().items()}
-        strategy.close()
-    for draw in range(settings.random):
-        config = SearchConfig(method="random", ranks=settings.ranks, seed=seed * 1000 + draw)
-        found.gains[f"random-{draw}"] = make_strategy(model, config).gains()
+SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "score": ("score", {}),
+    "svd": ("svd", {}),
+    "darts": ("darts", {}),
+    "adalora": ("adalora", {"target_rank": 1}),
+    "eva": ("eva", {}),
+    "uniform": ("uniform", {}),
+    "text-only": ("type", {"group": "text"}),
+    "vision-only": ("type", {"group": "vision"}),
+    "score-permuted": ("score", {}),
+    "darts-permuted": ("darts", {}),
+}
+"""Name -> method and its options. `-permuted` searches on data whose answers were shuffled."""
+INVERTED = ("score", "darts")
+STARTS = {"score": ("restart", "charged", "inherit"), "svd": ("restart", "charged", "inherit")}
+"""restart: all steps from a fresh A and B = 0; charged: as many fewer as the search took; inherit: those, from the
+search's update. What is not named restarts."""
+
+
+def search_all(model: Any, data: Data, permuted: Data, settings: Settings, seed: int) -> dict[str, Found]:
+    """Every method's gains, the controls' and the random plans'."""
+    found = {}
+    for name, (method, options) in SEARCHES.items():
+        if settings.methods and name not in settings.methods:
+            continue
+        source = permuted if name.endswith("-permuted") else data
+        found[name] = _search(model, source, settings, seed, method, options)
+        if name in INVERTED:
+            found[f"{name}-inverted"] = Found(gains=found[name].gains.inverted())
+    for number in range(settings.random):
+        config = SearchConfig(method="random", ranks=settings.ranks, seed=(seed % 2**20) * 1000 + number)
+        found[f"random-{number}"] = Found(gains=make_strategy(model, config).gains())
+    return found
+
+
+def _search(
+    model: Any, data: Data, settings: Settings, seed: int, method: str, options: dict[str, Any]
+) -> Found:
+    start = time.process_time()
+    config = SearchConfig(
+        method=method,
+        ranks=settings.ranks,
+        steps=settings.warm,
+        batch_size=settings.batch_size,
+        learning_rate=settings.search_rate,
+        seed=seed,
+        options=options | ({"batches": settings.scoring} if method == "score" else {}),
+    )
+    torch.manual_seed(seed)
+    strategy = make_strategy(model, config)
+    search.fit(strategy, data.stream("train", seed), data.stream("search", seed))
+    found = Found(gains=strategy.gains(), steps=strategy.steps)
+    found.seconds = time.process_time() - start
+    found.update = {name: _sorted(a, b) for name, (a, b) in strategy.update().items()}
+    strategy.close()
     return found
 
 
@@ -154,63 +182,128 @@ def _sorted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return root[:, None] * vt, u * root
 
 
-INHERITING = ("uniform", "score", "removal", "size")
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """One way to train: ranks, how it starts, how long."""
+
+    method: str
+    start: str
+    budget: float
+    ranks: dict[str, int]
+    steps: int
+    origin: Found | None = None
+    """Whose update it inherits."""
 
 
 def run_cell(
     model: Any, data: Data, permuted: Data, settings: Settings, seed: int
-) -> Iterator[dict[str, Any]]:
-    """A row per budget, method, start and learning rate."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row per search; and one per budget, method, start and learning rate."""
     torch.manual_seed(seed)
     found = search_all(model, data, permuted, settings, seed)
-    for budget in settings.budgets:
-        plans = []
-        for name, gains in found.gains.items():
-            per_rank = sum(sum(shape) for shape in gains.shapes.values())
-            plan = allocate(gains, budget * per_rank)
-            plans.append((name, "restart", plan, settings.steps))
-            if name in INHERITING:
-                plans.append((name, "inherit", plan, settings.steps - settings.warm))
-        for start in ("restart", "inherit"):
-            chosen = [entry for entry in plans if entry[1] == start]
-            yield from _train(model, data, settings, seed, budget, chosen, found)
+    searches = [
+        {
+            "seed": seed,
+            "method": name,
+            "steps": result.steps,
+            "seconds": round(result.seconds, 3),
+            "scores": [float(f"{value:.4g}") for value in _density(result.gains)],
+        }
+        for name, result in found.items()
+        if result.steps
+    ]
+    return searches, list(_train_all(model, data, settings, seed, found))
+
+
+def _density(gains: Gains) -> np.ndarray:
+    """Gain per parameter of each module [N], over all its ranks."""
+    return gains.totals()[:, -1] / gains.parameters()[:, -1]
+
+
+def _train_all(
+    model: Any, data: Data, settings: Settings, seed: int, found: dict[str, Found]
+) -> Iterator[dict[str, Any]]:
+    shapes = next(iter(found.values())).gains.shapes
+    plans = list(plans_of(found, settings))
+    for rank in settings.curve:
+        ranks = dict.fromkeys(shapes, rank)
+        plans.append(
+            Plan(
+                method="uniform",
+                start="restart",
+                budget=rank,
+                ranks=ranks,
+                steps=settings.steps,
+            )
+        )
+    runs = [(plan, rate) for plan in plans for rate in settings.rates]
+    # A population costs as much as its highest rank and trains all its plans for the same number of steps.
+    order = sorted(runs, key=lambda run: (run[0].steps, run[0].origin is None, max(run[0].ranks.values())))
+    for _, group in itertools.groupby(order, key=lambda run: (run[0].steps, run[0].origin is None)):
+        same = list(group)
+        for start in range(0, len(same), settings.together):
+            yield from _train(model, data, settings, seed, same[start : start + settings.together], shapes)
+
+
+def plans_of(found: dict[str, Found], settings: Settings) -> Iterator[Plan]:
+    """The plans of all budgets; uniform ranks inherit from `svd`'s warm-up, which searched for nothing."""
+    for budget, (name, result) in itertools.product(settings.budgets, found.items()):
+        per_rank = sum(sum(shape) for shape in result.gains.shapes.values())
+        ranks = allocate(result.gains, budget * per_rank)
+        origins = {"inherit": result if result.update else None}
+        starts = STARTS.get(name, ("restart",))
+        if name == "uniform" and "svd" in found:
+            starts, origins = ("restart", "inherit"), {"inherit": found["svd"]}
+        for start in starts:
+            cost = 0 if start == "restart" else (origins["inherit"] or result).steps
+            yield Plan(
+                method=name,
+                start=start,
+                budget=budget,
+                ranks=ranks,
+                steps=settings.steps - cost,
+                origin=origins.get(start),
+            )
 
 
 def _train(
-    model: Any, data: Data, settings: Settings, seed: int, budget: float, plans: list, found: Found
+    model: Any,
+    data: Data,
+    settings: Settings,
+    seed: int,
+    runs: Sequence[tuple[Plan, float]],
+    shapes: dict[str, tuple[int, int]],
 ) -> Iterator[dict[str, Any]]:
-    """Trains plans of one start at every rate, as one population."""
-    runs = [(*plan, rate) for rate in settings.rates for plan in plans]
-    inherit = plans[0][1] == "inherit"
+    """Trains (plan, rate) pairs of the same number of steps as one population."""
     began = time.process_time()
+    steps = runs[0][0].steps
     population = Population(
         model,
-        [run[2] for run in runs],
-        [run[4] for run in runs],
+        [plan.ranks for plan, _ in runs],
+        [rate for _, rate in runs],
         seed=seed,
-        starts=[found.update] * len(runs) if inherit else None,
+        starts=[plan.origin.update if plan.origin else None for plan, _ in runs],
     )
-    stream = data.stream("train", settings.batch_size, seed + 1)
-    steps = plans[0][3]
+    stream = data.stream("train", seed + 1)
     for index in range(steps):
-        population.step(stream[index][0], rate=min(1.0, (index + 1) / 5) * (1 - index / steps))
-    validation, test = (population.evaluate(data.splits[split]).tolist() for split in ("search", "test"))
+        rate = min(1.0, (index + 1) / 5) * (1 - index / steps)
+        population.step(stream[index][0], rate, settings.clip)
+    validation, test = (population.evaluate(data.splits[split], 64).tolist() for split in ("search", "test"))
     population.close()
     seconds = (time.process_time() - began) / len(runs)
-    for place, (name, start, plan, _, rate) in enumerate(runs):
-        shapes = found.gains[name].shapes
+    sizes = {name: sum(shape) for name, shape in shapes.items()}
+    for place, (plan, rate) in enumerate(runs):
         yield {
             "seed": seed,
-            "budget": budget,
-            "method": name,
-            "start": start,
+            "budget": plan.budget,
+            "method": plan.method,
+            "start": plan.start,
             "rate": rate,
             "steps": steps,
-            "validation": validation[place],
-            "test": test[place],
-            "parameters": sum(rank * sum(shapes[module]) for module, rank in plan.items()),
-            "uniform_parameters": budget * sum(sum(shape) for shape in shapes.values()),
-            "search_seconds": found.seconds.get(name, 0.0),
-            "train_seconds": seconds,
-            "ranks": list(plan.values()),
+            "validation": round(validation[place], 5),
+            "test": round(test[place], 5),
+            "parameters": sum(rank * sizes[name] for name, rank in plan.ranks.items()),
+            "uniform_parameters": plan.budget * sum(sizes.values()),
+            "seconds": round(seconds, 3),
+            "ranks": list(plan.ranks.values()),
         }

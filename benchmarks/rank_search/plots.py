@@ -1,0 +1,68 @@
+"""The plots of `analyse.py`."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+OURS = ("score",)
+
+
+def comparison(cells: dict, tables: list[list[dict]], path: Path) -> None:
+    """Per budget: each method's test loss minus uniform's, with intervals, over the spread of random plans."""
+    figure, axes = pyplot.subplots(
+        1, len(tables), figsize=(4.6 * len(tables) + 1.4, 5.2), squeeze=False, sharey=True
+    )
+    for axis, table in zip(axes[0], tables, strict=True):
+        entries = table[::-1]
+        labels = [e["method"] + ("" if e["start"] == "restart" else f" ({e['start']})") for e in entries]
+        middle = np.array([e["vs_uniform"][0] for e in entries])
+        ends = np.array([e["vs_uniform"][1:] for e in entries]).T
+        colours = ["tab:blue" if e["method"] in OURS else "0.6" for e in entries]
+        axis.axvline(0, color="black", lw=0.8)
+        axis.barh(labels, middle, color=colours, height=0.6, zorder=2)
+        axis.errorbar(
+            middle, labels, xerr=np.abs(ends - middle), fmt="none", color="black", lw=1, capsize=2, zorder=3
+        )
+        draws = [
+            row["test"] - cell["uniform", "restart"]["test"]
+            for key, cell in cells.items()
+            if key[2] == table[0]["budget"]
+            for (method, _), row in cell.items()
+            if method.startswith("random-")
+        ]
+        axis.axvspan(
+            *np.percentile(draws, [10, 90]), color="tab:orange", alpha=0.18, zorder=0, label="80% of random"
+        )
+        axis.set_title(f"budget: uniform rank {table[0]['budget']:g}")
+        axis.set_xlabel("test loss - uniform's, nats (left is better)")
+        axis.legend(loc="lower right", fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def curves(rows: list[dict], path: Path) -> None:
+    """Per task: test loss against the budget, `score` and uniform ranks."""
+    if not rows:
+        return
+    figure, axes = pyplot.subplots(1, len(rows), figsize=(3.1 * len(rows), 3.2), squeeze=False, sharey=True)
+    for axis, row in zip(axes[0], rows, strict=True):
+        axis.plot(row["uniform"].keys(), row["uniform"].values(), "o-", color="0.5", ms=4, label="uniform")
+        axis.plot(row["score"].keys(), row["score"].values(), "o-", color="tab:blue", ms=4, label="score")
+        axis.axvline(row["sufficient"], color="0.5", lw=0.8, ls=":")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(row["task"])
+        axis.set_xlabel("parameters, in uniform ranks")
+    axes[0, 0].set_ylabel("test loss, nats")
+    axes[0, 0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: pyplot.Figure, path: Path) -> None:
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
