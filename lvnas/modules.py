@@ -78,6 +78,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all") -> dict
     for target in parse_targets(targets):
         chosen = {name for name in linears if _selects(target, name)}
         if not chosen:
+            _refuse_other_kinds(model, target)
             suffixes = sorted({name.rpartition(".")[2] for name in linears})
             raise InputError(
                 f"targets {target!r} match no linear module of this model; groups: {', '.join(GROUPS)}; "
@@ -85,6 +86,16 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all") -> dict
             )
         selected |= chosen
     return {name: module for name, module in linears.items() if name in selected}
+
+
+def _refuse_other_kinds(model: nn.Module, target: str) -> None:
+    """Raises InputError if `target` names modules that are there but are not linear ones."""
+    for name, module in model.named_modules():
+        if _selects(target, name) and not any(module.children()):
+            raise InputError(
+                f"{name} is a {type(module).__name__}; LoRA's ranks can be had for torch.nn.Linear, quantised by "
+                "bitsandbytes or torchao too, not for other layers (GPTQ, AWQ, HQQ, Conv1D, ...)"
+            )
 
 
 def _selects(target: str, name: str) -> bool:

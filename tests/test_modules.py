@@ -95,3 +95,13 @@ def test_peft_gives_each_module_its_own_rank():
         if name.endswith("lora_A.default")
     }
     assert made == ranks
+
+
+def test_layers_that_are_not_linear_are_named():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    with pytest.raises(
+        InputError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D; .* torch\.nn\.Linear"
+    ):
+        find_targets(model, "c_attn")

@@ -71,9 +71,9 @@ def mllama_batch(seed: int = 0, size: int = 2) -> dict:
     }
 
 
-def llama(seed: int = 0) -> LlamaForCausalLM:
+def llama(seed: int = 0, **changes: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**TEXT, num_hidden_layers=2))
+    return LlamaForCausalLM(LlamaConfig(**TEXT | {"num_hidden_layers": 2} | changes))
 
 
 def text_batch(seed: int = 0, size: int = 2) -> dict:

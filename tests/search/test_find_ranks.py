@@ -57,6 +57,73 @@ def test_a_standard_config_for_any_architecture(family, tmp_path):
     assert again(**batch).loss == peft.eval()(**batch).loss
 
 
+SETTINGS = {"budget": Budget(like_uniform=2), "ranks": [0, 1, 2, 4, 8], "steps": 6, "learning_rate": 1e-2}
+SETTINGS |= {"options": {"batches": 4}, "progress": False}
+
+
+@pytest.mark.parametrize("family", ["mllama", "qwen2_vl"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_finds_the_same_ranks(family, reentrant):
+    make, make_batch = FAMILIES[family]
+    batches = [make_batch(seed) for seed in range(6)]
+    expected = lvnas.find_ranks(make(), batches, **SETTINGS)
+    model = make()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = lvnas.find_ranks(model, batches, **SETTINGS)
+    np.testing.assert_allclose(found.lvnas_gains.values, expected.lvnas_gains.values, rtol=1e-3, atol=1e-7)
+    assert found.rank_pattern == expected.rank_pattern
+    assert model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("method", ["score", "darts", "adalora", "eva"])
+def test_bfloat16_bases(method):
+    model = models.mllama().to(torch.bfloat16)
+    batches = [models.mllama_batch(seed) for seed in range(6)]
+    for batch in batches:
+        batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
+    options = SETTINGS["options"] if method == "score" else {}
+    config = lvnas.find_ranks(model, batches, method=method, **(SETTINGS | {"options": options}))
+    gains = config.lvnas_gains
+    assert np.isfinite(gains.values).all() and np.ptp(gains.values) > 0
+    trainable = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+    uniform = 2 * sum(sum(shape) for shape in gains.shapes.values())
+    assert 0.995 * uniform <= trainable <= uniform
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["int8", "fp4", "nf4 twice, bfloat16"])
+def test_quantised_bases(kind, tmp_path):
+    """Skipped without the extra `quantised`: importing PEFT takes two seconds longer beside bitsandbytes."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantisation = {
+        "int8": {"load_in_8bit": True},
+        "fp4": {"load_in_4bit": True},
+        "nf4 twice, bfloat16": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        },
+    }[kind]
+    models.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**quantisation), device_map="cpu"
+    )
+    batch = models.text_batch()
+    before = model(**batch).loss
+    batches = [models.text_batch(seed) for seed in range(6)]
+    config = lvnas.find_ranks(model, batches, **SETTINGS)
+    gains = config.lvnas_gains
+    assert gains.shapes["model.layers.0.mlp.down_proj"] == (128, 64)  # as in the base, not as it is packed
+    assert np.isfinite(gains.values).all() and (gains.values > 0).any()
+    assert model(**batch).loss == before
+    trainable = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+    uniform = 2 * sum(sum(shape) for shape in gains.shapes.values())
+    assert 0.995 * uniform <= trainable <= uniform
+
+
 def test_five_lines_in_a_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
