@@ -102,6 +102,7 @@ def run(
     *,
     base: str | None = None,
     task: str | None = None,
+    save_every: int = 20,
     title: str | None = None,
 ) -> Gains:
     """The gains of a whole search, kept in the folder `out`; a finished one is read again, not repeated.
@@ -114,10 +115,13 @@ def run(
     if (out / SCORES).exists():
         saved = files.read_json(out / SCORES)
         _check_same(saved, identity, out / SCORES)
+        if distributed.is_first():
+            _clean(out)
         return read_gains(saved)
     torch.manual_seed(config.seed)
     strategy = make_strategy(model, config)
-    losses = fit(strategy, train, search, state_path=out / STATE, identity=identity, title=title)
+    saving: Any = {"state_path": out / STATE, "identity": identity, "save_every": save_every}
+    losses = fit(strategy, train, search, title=title, **saving)
     gains = strategy.gains()
     update = {
         f"{name}.{side}": matrix.contiguous().cpu()
@@ -129,7 +133,7 @@ def run(
     strategy.close()
     if distributed.is_first():
         files.write_json(out / SCORES, _scores(gains, identity, losses))
-        (out / STATE).unlink(missing_ok=True)
+        _clean(out)
     distributed.wait()
     return gains
 
@@ -302,6 +306,14 @@ def _save(strategy: Strategy, losses: list[float], path: Path, identity: Mapping
         "strategy": strategy.state(),
     }
     save_state(path, state)
+
+
+def _clean(out: Path) -> None:
+    """Removes the state of a search that has ended, and what a killed one left half-written."""
+    (out / STATE).unlink(missing_ok=True)
+    for name in (STATE, SCORES, UPDATE):
+        for draft in out.glob(f".{name}.*"):
+            draft.unlink(missing_ok=True)
 
 
 def _load(strategy: Strategy, path: Path, identity: Mapping[str, Any] | None) -> list[float]:
