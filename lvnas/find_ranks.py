@@ -13,6 +13,7 @@ from lvnas.allocate import Budget, plan_ranks
 from lvnas.derive import lora_config
 from lvnas.errors import InputError
 from lvnas.ranks import RankPlan, check_scaling
+from lvnas.repeats import mean_gains, seeds_of
 from lvnas.search import fit
 from lvnas.strategies import SearchConfig, make_strategy
 
@@ -30,6 +31,7 @@ def find_ranks(
     scale: float = 1.0,
     scaling: str = "constant",
     seed: int = 0,
+    repeats: int = 1,
     max_rank: int | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -48,6 +50,7 @@ def find_ranks(
         ranks: the space; 0 allows a module to have no adapter.
         steps, learning_rate, scale, seed, options: see `lvnas.strategies.SearchConfig`.
         scaling: how the scaling of lower ranks differs from `scale`: see `lvnas.ranks.SCALINGS`.
+        repeats: searches with so many seeds; the mean decides, the spread gives `Gains.errors`.
         max_rank: highest rank that the plan may have.
         progress: show a bar on stderr.
 
@@ -78,18 +81,22 @@ def find_ranks(
     )
     training = model.training
     grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    streams = Cycle(batches[::2]), Cycle(batches[1::2])
+    found_gains = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        strategy = make_strategy(model, config)
-        try:
-            title = f"searching ranks ({method})" if progress else None
-            fit(strategy, Cycle(batches[::2]), Cycle(batches[1::2]), title=title)
-            gains = strategy.gains()
-        finally:
-            strategy.close()
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(grads[name])
-            model.train(training)
+        for one in seeds_of(config, repeats):
+            torch.manual_seed(one.seed)
+            strategy = make_strategy(model, one)
+            try:
+                title = f"searching ranks ({method}, seed {one.seed})" if progress else None
+                fit(strategy, *streams, title=title)
+                found_gains.append(strategy.gains())
+            finally:
+                strategy.close()
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(grads[name])
+                model.train(training)
+    gains = mean_gains(found_gains)
     if not isinstance(budget, Budget):
         budget = Budget(params=budget)
     plan = RankPlan(

@@ -72,6 +72,7 @@ def search_jointly(
     weights: Mapping[str, float] | None = None,
     max_rank: int | None = None,
     scaling: str = "constant",
+    repeats: int = 1,
     dtype: str = "auto",
 ) -> dict[str, Any]:
     """Searches every task in a folder of its own in `out`, and writes a ranks.json there for the common budget.
@@ -87,11 +88,16 @@ def search_jointly(
     folders = {task: Path(out) / Path(task).stem for task in tasks}
     if len(set(folders.values())) < len(tasks):
         raise InputError(f"tasks {', '.join(tasks)}: each needs a name of its own")
-    gains = search_tasks(folders, base, config, dtype=dtype)
+    gains = search_tasks(folders, base, config, repeats=repeats, dtype=dtype)
     plans = allocate_jointly(gains, budget, weights=weights, max_rank=max_rank)
     joined = _joined(gains, {})
     costs = budget.costs(joined)
-    facts = {"budget": dataclasses.asdict(budget), "joint": list(tasks), "weights": dict(weights or {})}
+    facts: dict[str, Any] = {
+        "budget": dataclasses.asdict(budget),
+        "repeats": repeats,
+        "joint": list(tasks),
+        "weights": dict(weights or {}),
+    }
     summary = {
         "by": budget.by,
         "budget": budget.limit(costs) if budget.given else None,

@@ -22,12 +22,15 @@ from lvnas.checkpoint import load_state, save_state
 from lvnas.errors import InputError
 from lvnas.progress import track
 from lvnas.ranks import RankPlan, check_scaling
+from lvnas.repeats import run_repeats
 from lvnas.strategies import Gains, SearchConfig, Strategy, check_method, make_strategy
 from lvnas.strategies.base import NonFiniteLoss, Stream
 from lvnas.supernet import check_space
 
 FORMAT = "lvnas-scores/1"
 SCORES, UPDATE, STATE, RANKS = "scores.json", "update.safetensors", "state.pt", "ranks.json"
+MEAN = "mean.json"
+"""The mean gains of a search that was repeated with other seeds, in the format of `scores.json`."""
 
 
 class Shuffled:
@@ -147,6 +150,7 @@ def search_task(
     budget: Budget,
     max_rank: int | None = None,
     scaling: str = "constant",
+    repeats: int = 1,
     dtype: str = "auto",
 ) -> dict[str, Any]:
     """Searches `base` on the task's train and search splits and writes `out`/ranks.json for `budget`.
@@ -159,19 +163,21 @@ def search_task(
     """
     out = Path(out)
     check_scaling(scaling)
-    gains = search_tasks({task: out}, base, config, dtype=dtype)[task]
+    gains = search_tasks({task: out}, base, config, repeats=repeats, dtype=dtype)[task]
     ranks = plan_ranks(gains, budget, max_rank=max_rank)
     costs = budget.costs(gains)
     spent = {"by": budget.by, "budget": budget.limit(costs) if budget.given else None}
     spent |= {"spent": costs.spent(ranks)}
-    facts = {"budget": dataclasses.asdict(budget)}
+    facts = {"budget": dataclasses.asdict(budget), "repeats": repeats}
     return write_plan(out, task, base, config, gains, ranks, scaling, **facts) | spent
 
 
 def search_tasks(
-    folders: Mapping[str, Path], base: str, config: SearchConfig, *, dtype: str = "auto"
+    folders: Mapping[str, Path], base: str, config: SearchConfig, *, repeats: int = 1, dtype: str = "auto"
 ) -> dict[str, Gains]:
-    """The gains of each task, searched one after the other on `base`, each in its folder.
+    """The gains of each task, searched one after the other on `base`, each in its folder, with `repeats` seeds.
+
+    With several seeds a task's folder holds one for each, `seed-N`, the mean gains, and the first one's update.
 
     Raises:
         InputError: an unknown base, task or method, or settings that do not fit.
@@ -191,12 +197,19 @@ def search_tasks(
 
     gains = {}
     for task, out in folders.items():
-        train, held_out = (
-            Shuffled(splits[task][split], batch, config.batch_size, config.seed)
-            for split in ("train", "search")
-        )
-        title = f"searching ranks of {base} for {task} ({config.method})"
-        gains[task] = run(model, train, held_out, config, out, base=base, task=task, title=title)
+
+        def search(config: SearchConfig, out: Path, task: str = task) -> Gains:
+            train, held_out = (
+                Shuffled(splits[task][split], batch, config.batch_size, config.seed)
+                for split in ("train", "search")
+            )
+            title = f"searching ranks of {base} for {task} ({config.method}, seed {config.seed})"
+            return run(model, train, held_out, config, out, base=base, task=task, title=title)
+
+        gains[task] = run_repeats(search, config, out, repeats)
+        if repeats > 1:
+            identity = {"base": base, "task": task, "config": dataclasses.asdict(config), "repeats": repeats}
+            _keep_mean(gains[task], identity, out, out / f"seed-{config.seed}")
     return gains
 
 
@@ -210,14 +223,13 @@ def write_plan(
     scaling: str,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Writes `out`/ranks.json; `facts` (the budget) go into its provenance.
+    """Writes `out`/ranks.json; `facts` (the budget, the number of repeats) go into its provenance.
 
     Returns:
         The plan in numbers: file, parameters, modules, share of the highest rank everywhere, histogram of ranks.
     """
-    made = files.provenance(
-        config=dataclasses.asdict(config), scores_sha256=files.sha256(out / SCORES), **facts
-    )
+    scores = out / (MEAN if facts["repeats"] > 1 else SCORES)
+    made = files.provenance(config=dataclasses.asdict(config), scores_sha256=files.sha256(scores), **facts)
     plan = RankPlan(
         ranks=ranks,
         base=base,
@@ -294,6 +306,14 @@ def _scores(gains: Gains, identity: Mapping[str, Any], losses: Sequence[float]) 
         "losses": list(losses),
         "provenance": files.provenance(),
     }
+
+
+def _keep_mean(gains: Gains, identity: Mapping[str, Any], out: Path, first: Path) -> None:
+    if distributed.is_first():
+        if (first / UPDATE).exists():
+            files.write_bytes(out / UPDATE, (first / UPDATE).read_bytes())
+        files.write_json(out / MEAN, _scores(gains, identity, losses=[]))
+    distributed.wait()
 
 
 def _save(strategy: Strategy, losses: list[float], path: Path, identity: Mapping[str, Any] | None) -> None:

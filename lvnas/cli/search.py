@@ -14,6 +14,7 @@ BY = (
 )
 
 SCALING = "Of lower ranks: constant, alpha (alpha / r) or rslora (alpha / sqrt r), for derive."
+REPEATS = "Searches with this many seeds; their mean gains decide, their spread gives standard errors."
 WEIGHT = "With --joint: what a task's gains count, such as its share of the traffic; 1 by default."
 
 
@@ -40,6 +41,7 @@ WEIGHT = "With --joint: what a task's gains count, such as its share of the traf
 @click.option("--scale", type=float, default=1.0, show_default=True, help="LoRA scaling of the highest rank.")
 @click.option("--scaling", default="constant", show_default=True, help=SCALING)
 @click.option("--seed", default=0, show_default=True, help="Of LoRA's start and of the data's order.")
+@click.option("--repeats", default=1, show_default=True, help=REPEATS)
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the base's weights.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; resumed if interrupted.")
@@ -60,6 +62,7 @@ def command(
     table: str | None,
     max_rank: int | None,
     scaling: str,
+    repeats: int,
     dtype: str,
     out: Path,
     as_json: bool,
@@ -82,7 +85,8 @@ def command(
         method=method, targets=targets, ranks=parse_ranks(ranks), options=parse_options(options), **settings
     )
     budget = Budget(params=params, ratio=ratio, like_uniform=like_uniform, amount=amount, by=by, table=table)
-    common: dict[str, Any] = {"budget": budget, "max_rank": max_rank, "scaling": scaling, "dtype": dtype}
+    common: dict[str, Any] = {"budget": budget, "max_rank": max_rank, "scaling": scaling}
+    common |= {"repeats": repeats, "dtype": dtype}
     if joint:
         summary = search_jointly(tasks, base, config, out, weights=parse_weights(weights), **common)
     elif len(tasks) == 1 and not weights:

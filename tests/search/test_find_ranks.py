@@ -90,6 +90,18 @@ def test_bfloat16_bases(method):
     assert 0.995 * uniform <= trainable <= uniform
 
 
+@pytest.mark.parametrize("method", ["darts", "svd", "adalora"])
+def test_repeats_give_standard_errors(method):
+    batches = [models.mllama_batch(seed) for seed in range(6)]
+    settings = SETTINGS | {"options": {}, "method": method}
+    repeated = lvnas.find_ranks(models.mllama(), batches, repeats=3, **settings).lvnas_gains
+    single = [lvnas.find_ranks(models.mllama(), batches, seed=n, **settings).lvnas_gains for n in range(3)]
+    values = np.stack([gains.values for gains in single])
+    np.testing.assert_allclose(repeated.values, values.mean(axis=0))
+    np.testing.assert_allclose(repeated.errors, values.std(axis=0, ddof=1) / 3**0.5)
+    assert (repeated.errors[:, 1:] > 0).any()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["int8", "fp4", "nf4 twice, bfloat16"])
 def test_quantised_bases(kind, tmp_path):
@@ -158,6 +170,8 @@ def test_bad_input():
         lvnas.find_ranks(models.llama(), batches[:1], budget="2k")
     with pytest.raises(InputError, match=r"match no linear module of this model.*its modules: down_proj"):
         lvnas.find_ranks(models.llama(), batches, budget="2k", targets=["query"])
+    with pytest.raises(InputError, match="0 repeats"):
+        lvnas.find_ranks(models.llama(), batches, budget="2k", repeats=0)
     with pytest.raises(InputError, match="needs a budget"):
         lvnas.find_ranks(models.llama(), batches, steps=2, progress=False)
     with pytest.raises(InputError, match="cannot be reached; this space and these targets reach"):

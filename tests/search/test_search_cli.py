@@ -56,6 +56,20 @@ def test_bad_input_is_one_line_and_exit_code_2(lvnas, raw_tiny, tmp_path, argume
     assert not (tmp_path / "out/ranks.json").exists()
 
 
+def test_repeated_searches(lvnas, raw_tiny, tmp_path):
+    out = tmp_path / "search"
+    command = ("search", "codewords", "--base", raw_tiny, "--method", "svd", *SMALL, "--out", out)
+    code, _, errors = lvnas(*command, "--repeats", 2, "--seed", 5, "--ratio", 2, "--json")
+    assert code == 0, errors
+    seeds = [json.loads((out / f"seed-{seed}/scores.json").read_text()) for seed in (5, 6)]
+    mean = json.loads((out / "mean.json").read_text())
+    for row, *singles in zip(mean["values"], *(one["values"] for one in seeds), strict=True):
+        assert row == pytest.approx([sum(pair) / 2 for pair in zip(*singles, strict=True)])
+    assert mean["errors"][0][1] > 0 and seeds[0]["errors"][0][1] is None
+    code, _, errors = lvnas("derive", out / "ranks.json", "--out", tmp_path / "adapter", "--inherit")
+    assert code == 0, errors
+
+
 def test_derive_refuses_what_is_no_plan(lvnas, tmp_path):
     (tmp_path / "ranks.json").write_text('{"model.language_model.layers.0.self_attn.q_proj": 4}')
     code, _, errors = lvnas("derive", tmp_path / "ranks.json", "--out", tmp_path / "adapter")
