@@ -13,12 +13,13 @@ def register() -> None:
         return
     _registered = True
 
-    from lvnas_vllm import ragged, vllm_internals
+    from lvnas_vllm import ragged
+    from lvnas_vllm.vllm_internals import lora, mllama
 
-    vllm_internals.register_mllama()
-    vllm_internals.fix_encoder_order()
-    vllm_internals.fix_cpu_lora()
-    vllm_internals.reject_stray_images()
-    vllm_internals.group_image_ids()
-    vllm_internals.count_image_tokens()
+    mllama.register_mllama()
+    mllama.fix_encoder_order()
+    lora.fix_cpu_lora()
+    mllama.reject_stray_images()
+    mllama.group_image_ids()
+    mllama.count_image_tokens()
     ragged.enable()

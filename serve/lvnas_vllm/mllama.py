@@ -31,7 +31,7 @@ from lvnas_vllm.mllama_processor import (
 from lvnas_vllm.mllama_text import CrossPlan, MllamaTextModel
 from lvnas_vllm.mllama_visibility import kept_tokens, segments
 from lvnas_vllm.mllama_vision import MllamaVisionModel
-from lvnas_vllm.vllm_internals import check_lora_tokens
+from lvnas_vllm.vllm_internals.lora import check_lora_tokens
 
 
 class MllamaModel(nn.Module):

@@ -66,7 +66,7 @@ class MllamaEngineConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        from lvnas_vllm.vllm_internals import check_version
+        from lvnas_vllm.vllm_internals.mllama import check_version
 
         check_version()
         config = model_config.hf_config

@@ -1,19 +1,31 @@
 """Each private name of vLLM that the Mllama plugin touches is where it was, with the parameters it had.
 
 The sources are read, not imported, so that other versions can be checked too: unpack a wheel and name its folder
-(that holds `vllm/`) in LVNAS_VLLM_SOURCES, several separated by colons.
+(that holds `vllm/`) in LVNAS_VLLM_SOURCES, several separated by colons. One older than 0.32 must be refused.
 """
 
 import ast
 import functools
 import importlib.util
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 INSTALLED = Path(importlib.util.find_spec("vllm").origin).parent.parent
-OTHERS = [Path(folder) for folder in os.environ.get("LVNAS_VLLM_SOURCES", "").split(":") if folder]
+SOURCES = [Path(folder) for folder in os.environ.get("LVNAS_VLLM_SOURCES", "").split(":") if folder]
+
+
+def minor(root: Path) -> int:
+    """The second number of the version in `root`."""
+    return int(re.search(r"__version__ = version = '0\.(\d+)", (root / "vllm/_version.py").read_text())[1])
+
+
+OTHERS = [root for root in SOURCES if minor(root) >= 32]
+OLD = [root for root in SOURCES if minor(root) < 32]
 
 FUNCTIONS = {
     # fix_encoder_order
@@ -27,6 +39,16 @@ FUNCTIONS = {
             "bgmv_expand_slice": "slice_offset slice_size add_inputs",
         }.items()
     },
+    "lora/layers/utils:_get_lora_device": "base_layer",
+    # MllamaEncoderBudget
+    "v1/core/encoder_cache_manager:EncoderCacheManager.create_manager": "cache_size vllm_config",
+    "v1/core/encoder_cache_manager:EncoderDecoderCacheManager.__init__": "cache_size",
+    "v1/core/encoder_cache_manager:EncoderDecoderCacheManager.can_allocate": (
+        "request input_id encoder_compute_budget num_embeds_to_schedule"
+    ),
+    "v1/core/encoder_cache_manager:EncoderDecoderCacheManager.allocate": "request input_id",
+    "v1/core/encoder_cache_manager:EncoderDecoderCacheManager.free_encoder_input": "request input_id",
+    "v1/core/encoder_cache_manager:EncoderDecoderCacheManager.reset": "",
     # reject_stray_images, group_image_ids, count_image_tokens
     "v1/engine/input_processor:InputProcessor._validate_model_inputs": "encoder_input decoder_input",
     "renderers/base:BaseRenderer._process_mm_uuids": "mm_data mm_data_items mm_uuid_items mm_req_id",
@@ -75,6 +97,8 @@ TEXTS = {
     "transformers_utils/config": "_CONFIG_REGISTRY: dict[str, type[PreTrainedConfig]] = LazyConfigDict(",
     "model_executor/models/config": "MODELS_CONFIG_MAP: dict[str, type[VerifyAndUpdateConfig]] = {",
     "lora/punica_wrapper/punica_base": "self.indices_len: list[int | None]",
+    "lora/layers/base_linear": "self.device = _get_lora_device(self.base_layer)",
+    "v1/core/sched/scheduler": "vllm_config.ec_manager_config.get_encoder_cache_manager_obj()",
     "v1/attention/backends/cpu_attn": METADATA,
     "v1/attention/backends/flash_attn": METADATA,
     "v1/attention/backends/triton_attn": METADATA,
@@ -85,6 +109,9 @@ SETTINGS = (
     ("config/scheduler", ("max_num_batched_tokens", "max_num_encoder_input_tokens", "encoder_cache_size")),
     ("config/lora", ("enable_tower_connector_lora",)),
     ("config/multimodal", ("limit_per_prompt",)),
+    ("config/cache", ("enable_prefix_caching",)),
+    ("config/compilation", ("mode",)),
+    ("config/ec_manager_config", ("encoder_cache_manager_cls",)),
 )
 
 
@@ -131,3 +158,31 @@ def test_setting_exists(root: Path, module: str, names: tuple[str, ...]) -> None
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
     }
     assert set(names) <= fields
+
+
+@pytest.mark.parametrize("root", OLD, ids=lambda root: root.name)
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        (
+            "from lvnas_vllm.vllm_internals.mllama import check_version; check_version()",
+            "ValueError: Llama-3.2-Vision needs vLLM 0.32 or 0.33; .* has no "
+            "SupportsMultiModal.get_mm_lora_token_counts, BaseMultiModalProcessor._postprocess_hf_mm_data",
+        ),
+        (
+            "from lvnas_vllm.vllm_internals.ragged import install_ragged; install_ragged()",
+            "InputError: LVNAS_RAGGED=1 does not know vLLM .*ClassificationHeadWithLoRA.* changed; install vllm",
+        ),
+        ("import lvnas_vllm; lvnas_vllm.register(); raise SystemExit('registered')", "registered"),
+    ],
+    ids=["model", "ragged", "plugin"],
+)
+def test_an_older_version_is_refused_with_the_names_it_lacks(root: Path, code: str, wanted: str) -> None:
+    """The plugin itself loads: vLLM's other models are served as ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert re.search(wanted, done.stderr.splitlines()[-1]), done.stderr[-2000:]

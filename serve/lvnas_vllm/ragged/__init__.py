@@ -23,9 +23,9 @@ def enable() -> bool:
         raise InputError(f"{SWITCH}={value!r}; allowed: 0, 1")
     if value == "0":
         return False
-    from lvnas_vllm import vllm_internals
+    from lvnas_vllm.vllm_internals.ragged import install_ragged
 
-    vllm_internals.install_ragged()
+    install_ragged()
     return True
 
 

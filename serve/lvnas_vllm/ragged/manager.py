@@ -13,13 +13,13 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from lvnas_vllm import vllm_internals
 from lvnas_vllm.ragged import report
 from lvnas_vllm.ragged.arena import Arena, Ledger
 from lvnas_vllm.ragged.capacity import choose
 from lvnas_vllm.ragged.layers import RaggedLayer
 from lvnas_vllm.ragged.layout import Packed, pack, plan, ranks_of
 from lvnas_vllm.ragged.torch_ops import SiteWeights
+from lvnas_vllm.vllm_internals import ragged as vllm_internals
 
 logger = init_logger("vllm.lvnas.ragged")
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import Gauge, Histogram
 from vllm.logger import init_logger
 
-from lvnas_vllm import vllm_internals
 from lvnas_vllm.ragged import native
+from lvnas_vllm.vllm_internals.ragged import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from lvnas_vllm.ragged.manager import RaggedModelManager
@@ -30,7 +30,7 @@ def mib(count: float) -> str:
 def start(manager: "RaggedModelManager", padded_bytes: int, vllm_config: Any) -> None:
     """Logs the arena's bytes, what vLLM's padded buffers would take, and the difference in KV tokens."""
     arena_bytes = manager.arena.capacity * manager.arena.data.element_size()
-    saved, per_token = padded_bytes - arena_bytes, vllm_internals.kv_bytes_per_token(vllm_config)
+    saved, per_token = padded_bytes - arena_bytes, kv_bytes_per_token(vllm_config)
     operators = native.load().reason if manager.shared else "Triton"
     logger.info(
         "Ragged LoRA: %d layers; arena %s for any %d adapters (%s); operators: %s.",
