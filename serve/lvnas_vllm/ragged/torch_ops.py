@@ -95,6 +95,10 @@ def add_run(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, slot: int) -> N
 
 def add_groups(operator, y: torch.Tensor, x: torch.Tensor, site: SiteWeights, runs: Runs) -> None:
     """The short runs, all adapters in one native call."""
+    widest = int(site.table[:, runs.slots.astype(np.int64), 2].sum(0).max())
+    if not widest:
+        return
+    h = torch.empty(len(runs.members) * widest, dtype=torch.float32)
     operator(
         native.DTYPES[x.dtype],
         x.data_ptr(),
@@ -111,5 +115,6 @@ def add_groups(operator, y: torch.Tensor, x: torch.Tensor, site: SiteWeights, ru
         runs.starts.ctypes.data,
         runs.members.ctypes.data,
         len(runs.slots),
+        h.data_ptr(),
         torch.get_num_threads(),
     )
