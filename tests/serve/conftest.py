@@ -41,6 +41,8 @@ ADAPTERS = {
     "cross-kv-2": {"ranks": {"": 4}, "targets": CROSS_KV},
     "projector": {"ranks": {"": 4}, "targets": r".*(multi_modal_projector|cross_attn\.[qo]_proj)"},
 }
+DTYPE = os.environ.get("LVNAS_TEST_DTYPE", "float32")
+"""Precision of the session's engine; the oracle stays in float32."""
 LIMITS = {"max_model_len": 256, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 3}}
 
 
@@ -69,6 +71,5 @@ def engine(checkpoint: Path, adapters: dict[str, Path]) -> Iterator:
     """Three slots for eight adapters: they take turns."""
     from served import Engine
 
-    yield Engine(
-        checkpoint, adapters, enable_lora=True, max_loras=3, max_cpu_loras=4, max_lora_rank=16, **LIMITS
-    )
+    lora = {"enable_lora": True, "max_loras": 3, "max_cpu_loras": 4, "max_lora_rank": 16}
+    yield Engine(checkpoint, adapters, dtype=DTYPE, **lora, **LIMITS)

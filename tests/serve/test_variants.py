@@ -46,7 +46,9 @@ def test_real_tile_geometry(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_bfloat16_within_its_own_noise(tmp_path: Path) -> None:
-    """Against the float32 oracle: bfloat16 inside transformers is off by as much."""
-    result = run(tmp_path, adapters=["everything"], engine={"dtype": "bfloat16"}, count=60)
-    assert result["mean"] < 0.2 and result["worst"] < 1.0, result
+@pytest.mark.parametrize("ragged", ["0", "1"], ids=["stock", "ragged"])
+def test_tensor_parallel_two(tmp_path: Path, ragged: str) -> None:
+    """Vision heads, cross-attention's key-value heads and every LoRA are cut in two."""
+    adapters = ["everything", "vision-1", "cross-kv-1"]
+    result = run(tmp_path, {"LVNAS_RAGGED": ragged}, adapters=adapters, engine={"tensor_parallel_size": 2})
+    assert (result["same"], result["worst"] < 1e-4) == (result["cases"], True), result

@@ -19,7 +19,8 @@ def run(folder: Path, environment: dict[str, str] | None = None, **variant: obje
         timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    (result,) = (line for line in done.stdout.splitlines() if line.startswith("{"))  # beside vLLM's log
+    return json.loads(result)
 
 
 def main(folder: Path, variant: dict) -> dict:
