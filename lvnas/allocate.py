@@ -16,7 +16,7 @@ from lvnas.strategies.base import Gains
 TOLERANCE = 0.005
 """A plan costs at most the budget and at least 1 - TOLERANCE of it."""
 MOST_UNITS = 1 << 19
-"""Finest resolution of costs; coarser units round costs up, so that a budget is never exceeded."""
+"""Finest resolution of costs; what rounding to it spends too much is taken off the budget, and tried again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,17 +147,29 @@ def _shared_knapsack(totals: np.ndarray, costs: np.ndarray, budget: float, *, no
 
 
 def _knapsack(totals: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
-    """The choice per module [N] by exact dynamic programming over the cost above the cheapest plan."""
-    floor = costs.min(axis=1, keepdims=True)
-    lowest, highest = floor.sum(), costs.max(axis=1).sum()
+    """The choice per module [N] of the largest total gain that costs at most `budget`."""
+    lowest, highest = costs.min(axis=1).sum(), costs.max(axis=1).sum()
     if not (lowest <= budget and budget * (1 - TOLERANCE) <= highest):
         raise OutOfReach(
             f"budget {_shown(budget)} cannot be reached; "
             f"this space and these targets reach {_shown(lowest)} to {_shown(highest)}"
         )
-    unit = _unit(costs - floor, budget - lowest)
-    steps = np.ceil((costs - floor) / unit - 1e-9).astype(np.int64)
-    room = int((min(budget, highest) - lowest) / unit + 1e-9)
+    limit = min(budget, highest)
+    unit = _unit(costs - costs.min(axis=1, keepdims=True), limit - lowest)
+    while True:
+        picks = _solve(totals, costs, limit, budget, unit)
+        excess = costs[np.arange(len(picks)), picks].sum() - budget
+        if excess <= 1e-12 * budget:
+            return picks
+        limit -= excess + unit
+
+
+def _solve(totals: np.ndarray, costs: np.ndarray, limit: float, budget: float, unit: float) -> np.ndarray:
+    """Exact dynamic programming over the cost above the cheapest plan, in whole units up to `limit`."""
+    floor = costs.min(axis=1, keepdims=True)
+    lowest = floor.sum()
+    steps = np.rint((costs - floor) / unit).astype(np.int64)
+    room = int((limit - lowest) / unit + 1e-9)
     best = np.full(room + 1, -np.inf)
     best[0] = 0.0
     taken = np.zeros((len(totals), room + 1), dtype=np.uint8)

@@ -56,6 +56,18 @@ def test_real_costs_stay_within_the_budget():
         assert 0.995 * budget <= spent <= budget
 
 
+def test_rounding_to_units_does_not_add_up(monkeypatch):
+    """With 200 modules and 8192 units, half a unit each is 1.2% of the budget."""
+    monkeypatch.setattr("lvnas.allocate.MOST_UNITS", 1 << 13)
+    for seed in range(5):
+        gains = random_gains(seed, [(7, 9)] * 200, [0, 4])
+        costs = np.sort(np.random.default_rng(seed).random((200, 2)), axis=1)
+        budget = costs.mean(axis=1).sum()
+        plan = allocate(gains, budget, costs=costs)
+        spent = sum(costs[n, [0, 4].index(rank)] for n, rank in enumerate(plan.values()))
+        assert 0.995 * budget <= spent <= budget
+
+
 def test_like_uniform_is_hit_exactly_by_the_uniform_plan():
     gains = random_gains(0, [(3, 4), (8, 8), (5, 5)])
     for rank in RANKS[1:]:
