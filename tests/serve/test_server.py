@@ -47,6 +47,7 @@ class Server:
             str(self.port),
         ]
         flags = ["--max-model-len", "512", "--enforce-eager", "--dtype", "float32", "--max-num-seqs", "8"]
+        flags += ["--enable-auto-tool-choice", "--tool-call-parser", "llama3_json"]
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         self.log = log.open("w")
         self.process = subprocess.Popen([*command, *flags], stdout=self.log, stderr=self.log, env=environment)
@@ -146,13 +147,77 @@ def test_streams_the_same_text(server: Server) -> None:
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == whole
 
 
-def test_structured_output_n_and_stop(server: Server) -> None:
-    schema = {"type": "json_schema", "json_schema": {"name": "parity", "schema": {"enum": ["even", "odd"]}}}
-    status, answer = server.chat([part(picture(40, 20)), TEXT], response_format=schema, max_tokens=20)
+def test_a_json_schema_holds_for_an_image(server: Server) -> None:
+    choices = {"parity": {"enum": ["even", "odd"]}, "sure": {"type": "boolean"}}
+    schema = {
+        "type": "object",
+        "properties": choices,
+        "required": [*choices],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    status, answer = server.chat([part(picture(40, 20)), TEXT], response_format=wanted, max_tokens=200)
     assert status == 200, answer
-    assert json.loads(answer["choices"][0]["message"]["content"]) in ("even", "odd")
-    status, answer = server.chat([part(picture(40, 20)), TEXT], n=3, temperature=1.0, seed=1, stop=["e"])
-    assert status == 200 and len(answer["choices"]) == 3
+    found = json.loads(answer["choices"][0]["message"]["content"])
+    assert found["parity"] in ("even", "odd") and isinstance(found["sure"], bool) and len(found) == 2
+
+
+def test_n_answers_and_the_tokens_they_took(server: Server, oracle) -> None:
+    status, answer = server.chat(
+        [part(picture(40, 20)), TEXT], n=3, temperature=1.0, seed=1, return_token_ids=True, ignore_eos=True
+    )
+    assert status == 200, answer
+    answers = [tuple(choice["token_ids"]) for choice in answer["choices"]]
+    assert len(answers) == 3 and len(set(answers)) > 1
+    messages = [{"role": "user", "content": [{"type": "image"}, TEXT]}]
+    text = oracle.processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert answer["usage"]["completion_tokens"] == 3 * 6
+    assert answer["usage"]["prompt_tokens"] == len(oracle.prompt_ids(Case(text))) + 5 * 2
+
+
+def test_a_stop_string_ends_the_answer(server: Server) -> None:
+    parts = [part(picture(40, 20)), TEXT]
+    whole = server.chat(parts, max_tokens=20)[1]["choices"][0]["message"]["content"]
+    stop = whole[8:10]
+    status, answer = server.chat(parts, max_tokens=20, stop=[stop])
+    assert status == 200 and len(stop) == 2
+    choice = answer["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
+def test_completions_of_a_text_prompt(server: Server, oracle) -> None:
+    case = Case("<|begin_of_text|>two digits", [], "text-only")
+    body = {"model": "text-only", "prompt": case.text, "max_tokens": 6, "temperature": 0, "logprobs": 1}
+    options = {"add_special_tokens": False, "ignore_eos": True, "return_token_ids": True}
+    status, answer = server.post("/v1/completions", {**body, **options})
+    assert status == 200, answer
+    choice = answer["choices"][0]
+    wanted = oracle.logprobs(case, choice["token_ids"])
+    assert choice["token_ids"] == wanted.argmax(-1).tolist()
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(wanted.max(-1).values.tolist(), abs=1e-4)
+    assert answer["usage"]["prompt_tokens"] == len(oracle.prompt_ids(case))
+    status, events = server.post("/v1/completions", {**body, **options, "stream": True})
+    chunks = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]
+
+
+def test_tools_reach_the_template_and_a_call_comes_back_parsed(server: Server, oracle) -> None:
+    parameters = {"type": "object", "properties": {"digit": {"type": "integer"}}, "required": ["digit"]}
+    tools = [{"type": "function", "function": {"name": "look", "description": "?", "parameters": parameters}}]
+    call = {"name": "look", "parameters": {"digit": 7}}
+    # A random model calls no tool of itself: the schema makes it say one.
+    schema = {"type": "json_schema", "json_schema": {"name": "call", "schema": {"const": call}}}
+    status, answer = server.chat(
+        [part(picture(40, 20)), TEXT], tools=tools, response_format=schema, max_tokens=100
+    )
+    assert status == 200, answer
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "tool_calls", choice
+    function = choice["message"]["tool_calls"][0]["function"]
+    assert (function["name"], json.loads(function["arguments"])) == ("look", {"digit": 7})
+    messages = [{"role": "user", "content": [{"type": "image"}, TEXT]}]
+    text = oracle.processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
+    assert answer["usage"]["prompt_tokens"] == len(oracle.prompt_ids(Case(text))) + 5 * 2
 
 
 BAD = {
