@@ -73,7 +73,8 @@ def compare(cells: Cells, budget: float) -> list[dict]:
             if (name, start) not in cell:
                 continue
             draws, loss = random_losses(cell), cell[name, start]["test"]
-            uniform = cell["uniform", "inherit" if start == "inherit" else "restart"]["test"]
+            same = ("uniform", start)
+            uniform = cell[same if same in cell else ("uniform", "restart")]["test"]
             rows.append(
                 {
                     "task": task,

@@ -55,8 +55,7 @@ def run(settings: Settings, out: Path, cells: int | None = None) -> int:
     for task, seed in todo:
         start = time.perf_counter()
         data = Data(task, processor, settings, seed)
-        permuted = Data(task, processor, settings, seed, permuted=True)
-        searches, trained = run_cell(model, data, permuted, settings, seed)
+        searches, trained = run_cell(model, data, settings, seed)
         append(out / "searches.jsonl", task, searches)
         append(rows, task, trained)
         print(f"{task} seed {seed}: {len(trained)} rows in {time.perf_counter() - start:.0f} s", flush=True)

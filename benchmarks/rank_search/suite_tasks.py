@@ -57,24 +57,22 @@ RECIPES = {
 }
 
 
-def draw(
-    recipe: digits.Recipe, split: str, count: int, seed: int, processor: Any, *, permuted: bool = False
-) -> dict[str, Tensor]:
-    """`count` examples from the scans of `split` as one batch, labels on the answers' tokens.
-
-    `permuted` gives each image another one's answer.
-    """
+def draw(recipe: digits.Recipe, split: str, count: int, seed: int, processor: Any) -> dict[str, Tensor]:
+    """`count` examples from the scans of `split` as one batch, labels on the answers' tokens."""
     random = np.random.default_rng(seed)
     examples = [digits.compose(recipe, split, random, "rank search") for _ in range(count)]
-    answers = [example.assistant for example in examples]
-    if permuted:
-        answers = [answers[i] for i in random.permutation(count)]
     batch = processor(
         images=[[example.images[0].crop((0, 0, SIDE, SIDE))] for example in examples],
-        text=[PROMPT + answer for answer in answers],
+        text=[PROMPT + example.assistant for example in examples],
         add_special_tokens=False,
         return_tensors="pt",
     )
     labels = batch["input_ids"].clone()
-    labels[:, : -len(answers[0])] = IGNORED
+    labels[:, : -len(examples[0].assistant)] = IGNORED
     return {**batch, "labels": labels}
+
+
+def permute_answers(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The batch with each image under another one's answer."""
+    order = np.random.default_rng(seed).permutation(len(batch["labels"]))
+    return batch | {name: batch[name][order] for name in ("input_ids", "labels")}

@@ -1,17 +1,19 @@
-"""Our search: what a held-out batch would lose without each rank block of a short warm-up.
+"""Our search: three independent looks at a short warm-up, multiplied.
 
-Legend: N modules, K ranks in the space, R highest rank, M scoring batches of b examples.
+Legend: N modules, K ranks in the space, R highest rank, M scoring batches of b examples, S warm-up steps.
 
 After the warm-up every update is rotated into its singular basis, largest first, so that a rank block is the
-block that a truncation to a lower rank takes away. Then, with the weights frozen and every gate at 1, the
-gradient of the search-validation loss in the gates gives each block's loss of removal to second order,
+block that a truncation to a lower rank takes away. A block's gain is the geometric mean of
 
-    L(gate 0) - L(gate 1) = -dL/dg + 1/2 F
+- its size: the squared singular values that it holds;
+- its loss of removal: with the weights frozen and every gate at 1, the gradient of the search-validation loss in
+  the gates gives, to second order, L(gate 0) - L(gate 1) = -dL/dg + 1/2 F, with F the second moment of the gradient
+  over examples (the empirical Fisher information); a block that overshot (dL/dg > 0) has 1/2 F;
+- its descent: what the module's own steps in the warm-up took off the loss, the sum of -<gradient, step> with each
+  step measured on the batch after it, which it has not seen; a block has its module's, in proportion to its size.
 
-with F the second moment of the gradient over examples (the empirical Fisher information).
-
-The gain is the geometric mean of that and of the squared singular values, the update's size: the loss of
-removal is noisy but knows what matters, the size is exact but does not.
+Size is exact but does not know what matters. The other two know, are noisy, and err differently: one looks at the
+end of the warm-up, the other at the way there.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,10 @@ from lvnas.errors import InputError, unknown
 from lvnas.strategies.base import Gains, SearchConfig, Stream
 from lvnas.strategies.warm import WarmStrategy
 
-COMBINE = ("both", "removal", "size")
+COMBINE = ("all", "size", "removal", "descent")
+FLOOR = 0.1
+"""Of a module's descent, in standard errors: noise must not take all ranks from it."""
+TINY = 1e-30
 
 
 class Score(WarmStrategy):
@@ -35,10 +40,10 @@ class Score(WarmStrategy):
 
     @dataclass(kw_only=True, slots=True)
     class Options:
-        batches: int = 16
+        batches: int = 8
         """Scoring batches."""
-        combine: str = "both"
-        """`both`: the geometric mean; `removal` or `size`: one of the two alone."""
+        combine: str = "all"
+        """`all`: the geometric mean; or one of the three alone."""
 
     def __init__(self, model: nn.Module, config: SearchConfig) -> None:
         super().__init__(model, config)
@@ -51,6 +56,22 @@ class Score(WarmStrategy):
         self.steps = config.steps + self.options.batches
         self.sigma: torch.Tensor | None = None
         self.gradients: list[torch.Tensor] = []
+        self.descents: list[torch.Tensor] = []
+
+    def observe(self) -> None:
+        """What the last step took off this batch's loss, [N], to first order."""
+        parts = [self._product(a) + self._product(b) for a, b in map(self.net.matrices, self.shapes)]
+        self.descents.append(torch.stack(parts).double().cpu())
+
+    def _product(self, weight: nn.Parameter) -> torch.Tensor:
+        """-<gradient, last step> of one matrix; the step from Adam's moments, so that no copy is kept."""
+        moments = self.optimizer.state.get(weight)
+        if not moments or weight.grad is None:
+            return torch.zeros((), device=weight.device)
+        group = self.optimizer.param_groups[0]
+        first, second = (1 - beta ** moments["step"].item() for beta in group["betas"])
+        root = (moments["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
+        return group["lr"] * (weight.grad * (moments["exp_avg"] / first) / root).sum().float()
 
     def step(self, index: int, train: Stream, search: Stream) -> float:
         if index < self.config.steps:
@@ -65,23 +86,37 @@ class Score(WarmStrategy):
         return loss
 
     def gains(self) -> Gains:
-        removal, error = removal_gains(torch.stack(self.gradients).numpy(), self.config.batch_size)
         assert self.sigma is not None, "the warm-up is over"
         size = self.blocks(self.sigma.double() ** 2)
+        removal, error = removal_gains(torch.stack(self.gradients).numpy(), self.config.batch_size)
+        descent = self._descent()[:, None] * size / np.maximum(size.sum(axis=1, keepdims=True), TINY)
         if self.options.combine == "size":
             return self.make_gains(size)
         if self.options.combine == "removal":
             return self.make_gains(removal, error)
-        kept = np.maximum(removal, 0.0)
-        low, high = (np.sqrt(size * np.maximum(removal + sign * error, 0.0)) for sign in (-1, 1))
-        return self.make_gains(np.sqrt(size * kept), (high - low) / 2)
+        if self.options.combine == "descent":
+            return self.make_gains(descent)
+        middle, low, high = (
+            np.cbrt(size * descent * np.maximum(removal + sign * error, 0.0)) for sign in (0, -1, 1)
+        )
+        return self.make_gains(middle, (high - low) / 2)
+
+    def _descent(self) -> np.ndarray:
+        """Descent of each module over the warm-up [N], FLOOR standard errors or more."""
+        steps = torch.stack(self.descents[1:] or self.descents).numpy()  # nothing came before the first
+        return np.maximum(steps.sum(axis=0), FLOOR * steps.std(axis=0) * len(steps) ** 0.5)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"sigma": self.sigma, "gradients": self.gradients}
+        return super().state() | {
+            "sigma": self.sigma,
+            "gradients": self.gradients,
+            "descents": self.descents,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.sigma, self.gradients = state["sigma"], list(state["gradients"])
+        self.descents = list(state["descents"])
 
 
 def removal_gains(gradients: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +136,7 @@ def removal_gains(gradients: np.ndarray, batch_size: int) -> tuple[np.ndarray, n
     def estimate(sample: np.ndarray) -> np.ndarray:
         mean = sample.mean(axis=0)
         fisher = batch_size * sample.var(axis=0, ddof=1) + mean**2
-        return -mean + 0.5 * fisher
+        return np.maximum(-mean, 0.0) + 0.5 * fisher
 
     count = len(gradients)
     left_out = np.stack([estimate(np.delete(gradients, i, axis=0)) for i in range(count)])

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from lvnas.strategies.base import Gains, SearchConfig, Stream, SupernetStrategy
 from lvnas.supernet import factor
 
+RAMP = 5
+"""Steps over which the learning rate rises to its full value."""
+CLIP = 0.5
+"""Highest norm of the gradient: the first losses of a base on a new task can be high, and Adam would remember them."""
+
 
 class WarmStrategy(SupernetStrategy):
     """Trains A and B at the highest rank for `config.steps` mini-batches of train."""
@@ -22,9 +27,16 @@ class WarmStrategy(SupernetStrategy):
 
     def step(self, index: int, train: Stream, search: Stream) -> float:
         loss = self.backward("train", train[index])
+        self.observe()
+        nn.utils.clip_grad_norm_(self.net.weights(), CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(1.0, (index + 1) / RAMP)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
+
+    def observe(self) -> None:
+        """Called in each warm-up step when the gradients are there and the weights have not moved yet."""
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"optimizer": self.optimizer.state_dict()}

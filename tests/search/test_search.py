@@ -162,7 +162,7 @@ def test_bad_input():
         ({"method": "darts", "options": {"batches": 3}}, "has no option 'batches'; allowed: alpha_rate"),
         ({"method": "darts", "options": {"alpha_rate": "fast"}}, "expected float"),
         ({"method": "score", "options": {"batches": 1}}, "at least 3"),
-        ({"method": "score", "options": {"combine": "sum"}}, "allowed: both, removal, size"),
+        ({"method": "score", "options": {"combine": "sum"}}, "allowed: all, size, removal, descent"),
         ({"method": "svd", "targets": "c_attn"}, "match no linear module"),
         ({"method": "svd", "ranks": [4]}, "two or more"),
     ):

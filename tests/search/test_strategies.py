@@ -108,15 +108,16 @@ def test_adalora_masks_what_its_gains_call_unimportant():
     assert by_importance[ranks > ranks.mean()].mean() > 2 * by_importance[ranks == 0].mean()
 
 
-def test_removal_gains_of_a_known_quadratic():
-    """Per-example loss l = h (g - t)^2 / 2 has dl/dg = h (1 - t) at g = 1."""
+@pytest.mark.parametrize("optimum", [1.5, 0.5])
+def test_removal_gains_of_a_known_quadratic(optimum):
+    """Per-example loss l = h (g - t)^2 / 2 has dl/dg = h (1 - t) at g = 1; below 1 the block overshot."""
     random = np.random.default_rng(0)
     batch, count = 8, 4000
-    target = random.normal(0.5, 0.3, size=(count, batch, 1, 1))
+    target = random.normal(optimum, 0.3, size=(count, batch, 1, 1))
     gradient = (1 - target).mean(axis=1)
     gain, error = removal_gains(gradient[:200], batch)
     per_example = (1 - target).reshape(-1)
-    expected = -per_example.mean() + 0.5 * (per_example**2).mean()
+    expected = max(-per_example.mean(), 0) + 0.5 * (per_example**2).mean()
     assert abs(gain.item() - expected) < 4 * error.item()
     spread = np.std([removal_gains(part, batch)[0].item() for part in np.split(gradient, 20)])
     assert error.item() == pytest.approx(spread, rel=0.5)
@@ -145,3 +146,27 @@ def test_score_finds_the_module_that_the_loss_needs():
     order = np.argsort(-gains.totals()[:, 1] / gains.parameters()[:, 1])
     place = [list(gains.shapes)[i] for i in order].index(name)
     assert place < len(gains.shapes) * 0.15
+
+
+def test_descent_is_the_product_of_each_step_and_the_next_gradient():
+    torch.manual_seed(0)
+    strategy = make_strategy(models.mllama(), config("score", steps=7, learning_rate=3e-3))
+    weights, train = strategy.net.weights(), Stream(0)
+    expected = torch.zeros(7, len(strategy.shapes), dtype=torch.double)
+    before = after = [weight.detach().clone() for weight in weights]
+    seen = strategy.observe
+
+    def observe():
+        products = [
+            -(weight.grad * (new - old)).sum()
+            for weight, new, old in zip(weights, after, before, strict=True)
+        ]
+        expected[index] = torch.stack(products).view(-1, 2).sum(dim=1)
+        seen()
+
+    strategy.observe = observe
+    for index in range(7):
+        strategy.step(index, train, Stream(100))
+        before, after = after, [weight.detach().clone() for weight in weights]
+    torch.testing.assert_close(torch.stack(strategy.descents), expected, rtol=1e-3, atol=1e-7)
+    assert expected[1:].abs().max() > 1e-5
