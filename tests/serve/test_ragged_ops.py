@@ -9,7 +9,7 @@ import torch
 from lvnas_vllm.ragged import native, torch_ops
 from lvnas_vllm.ragged.arena import Arena
 from lvnas_vllm.ragged.layout import Site, pack, plan, ranks_of
-from lvnas_vllm.ragged.runs import find_runs, token_slots
+from lvnas_vllm.ragged.runs import LONG, find_runs, token_slots
 
 SITE = Site("layers.0.qkv_proj", 96, (80, 48, 33))
 SLOTS = 6
@@ -96,13 +96,15 @@ def test_equals_float32_oracle(path, dtype, ranks):
         y = torch.randn(tokens, sum(SITE.outputs), generator=random).to(dtype)
         slots = slots_of(tokens, popularity)
         wanted = oracle(y, x, weights, slots)
-        got = y.clone()
-        torch_ops.add_lora(got, x, site, find_runs(slots))
         # Each sum's scale, not each element's: cancellation makes single elements arbitrarily small.
         scale = wanted.abs().amax(1, keepdim=True).clamp_min(1)
-        assert ((got.float() - wanted).abs() / scale).max() < TOLERANCE[dtype], (tokens, popularity)
         untouched = torch.from_numpy(slots < 0)
-        assert torch.equal(got[untouched], y[untouched])
+        for long in (LONG, tokens + 1):  # with matrix products for long runs, and all in the grouped call
+            got = y.clone()
+            torch_ops.add_lora(got, x, site, find_runs(slots, long))
+            error = ((got.float() - wanted).abs() / scale).max()
+            assert error < TOLERANCE[dtype], (tokens, popularity, long)
+            assert torch.equal(got[untouched], y[untouched])
 
 
 def test_strided_input_and_output(path):

@@ -1,12 +1,17 @@
 // The grouped ragged-LoRA operator for CPUs: y[t] += B (A x[t]) for the tokens of many adapters in one call.
 //
 // Legend: T tokens, D input features, O output features, R rank, S slices, N adapter slots, G groups.
-// Vector extensions of GCC and Clang only: the compiler lowers them to AVX-512, AVX2, NEON or SVE.
+// Vector extensions of GCC and Clang: the compiler lowers them to AVX-512, AVX2, NEON or SVE. One intrinsic: the
+// bfloat16 dot product, where the processor has it.
 // Accumulation is in float32 throughout; the output is rounded once.
 
+#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -45,6 +50,9 @@ inline vf load(const bf16* from) {
     return wide;
 }
 inline void store(vf value, float* to) { std::memcpy(to, &value, sizeof value); }
+#ifdef __AVX512BF16__
+inline void store(vf value, bf16* to) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)value)); }
+#else
 inline void store(vf value, bf16* to) {
     vu bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -53,23 +61,47 @@ inline void store(vf value, bf16* to) {
     const vh half = __builtin_convertvector(kept, vh);
     std::memcpy(to, &half, sizeof half);
 }
+#endif
 inline float sum(vf v) {
     float total = 0;
     for (int i = 0; i < V; i++) total += v[i];
     return total;
 }
 
-// h[t][r] = sum_d A[r][d] x[t][d] for TB tokens and RB rows.
-template <typename T, int TB, int RB>
+// One step of a dot product: WIDTH elements of x and of a row, multiplied and added to 16 float32 sums.
+template <typename T>
+struct Lane {
+    static constexpr int WIDTH = V;
+    typedef vf Raw;
+    static Raw load(const T* from) { return ::load(from); }
+    static vf add(vf sums, Raw x, Raw row) { return sums + x * row; }
+};
+#ifdef __AVX512BF16__
+template <>
+struct Lane<bf16> {
+    static constexpr int WIDTH = 2 * V;
+    typedef __m512bh Raw;
+    static Raw load(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+    static vf add(vf sums, Raw x, Raw row) { return (vf)_mm512_dpbf16_ps((__m512)sums, x, row); }
+};
+#endif
+
+// h[t][r] = sum_d A[r][d] x[t][d] for TB tokens and RB rows. FETCH: A comes from memory, so ask for the rows after
+// these; a row is often a page, at whose end the processor's own prefetching stops.
+template <typename T, int TB, int RB, bool FETCH>
 void shrink_block(const T* a, const T* const* x, int64_t D, float* h, int64_t ldh) {
+    typedef Lane<T> L;
     vf acc[TB][RB] = {};
     int64_t d = 0;
-    for (; d + V <= D; d += V) {
-        vf row[RB];
-        for (int r = 0; r < RB; r++) row[r] = load(a + r * D + d);
+    for (; d + L::WIDTH <= D; d += L::WIDTH) {
+        typename L::Raw row[RB];
+        for (int r = 0; r < RB; r++) {
+            if (FETCH) __builtin_prefetch(a + (r + RB) * D + d);
+            row[r] = L::load(a + r * D + d);
+        }
         for (int t = 0; t < TB; t++) {
-            vf token = load(x[t] + d);
-            for (int r = 0; r < RB; r++) acc[t][r] += token * row[r];
+            const typename L::Raw token = L::load(x[t] + d);
+            for (int r = 0; r < RB; r++) acc[t][r] = L::add(acc[t][r], token, row[r]);
         }
     }
     for (int t = 0; t < TB; t++)
@@ -80,22 +112,35 @@ void shrink_block(const T* a, const T* const* x, int64_t D, float* h, int64_t ld
         }
 }
 
-template <typename T, int TB>
-void shrink_tokens(const T* a, const T* const* x, int64_t D, int rows, float* h, int64_t ldh) {
+template <typename T, int RB>
+void shrink_rows(const T* a, const T* const* x, int64_t n, int64_t D, float* h, int64_t ldh) {
+    int64_t t = 0;
+    if (n >= 4) {
+        shrink_block<T, 4, RB, true>(a, x, D, h, ldh);
+        for (t = 4; t + 4 <= n; t += 4) shrink_block<T, 4, RB, false>(a, x + t, D, h + t * ldh, ldh);
+    } else {
+        shrink_block<T, 1, RB, true>(a, x, D, h, ldh);
+        t = 1;
+    }
+    for (; t < n; t++) shrink_block<T, 1, RB, false>(a, x + t, D, h + t * ldh, ldh);
+}
+
+template <typename T>
+void shrink(const T* a, const T* const* x, int64_t n, int64_t D, int rows, float* h, int64_t ldh) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) shrink_block<T, TB, 4>(a + r * D, x, D, h + r, ldh);
-    for (; r < rows; r++) shrink_block<T, TB, 1>(a + r * D, x, D, h + r, ldh);
+    for (; r + 4 <= rows; r += 4) shrink_rows<T, 4>(a + r * D, x, n, D, h + r, ldh);
+    for (; r < rows; r++) shrink_rows<T, 1>(a + r * D, x, n, D, h + r, ldh);
 }
 
 // y[t][c] += sum_r h[t][r] B[r][c] for TB tokens and CV vectors of columns.
 template <typename T, int TB, int CV>
-void expand_block(const T* b, int64_t O, const float* const* h, int rank, T* const* y, int64_t column) {
+void expand_block(const T* b, int64_t O, const float* h, int64_t ldh, int rank, T* const* y, int64_t column) {
     vf acc[TB][CV] = {};
     for (int r = 0; r < rank; r++) {
         vf row[CV];
         for (int c = 0; c < CV; c++) row[c] = load(b + r * O + column + c * V);
         for (int t = 0; t < TB; t++)
-            for (int c = 0; c < CV; c++) acc[t][c] += h[t][r] * row[c];
+            for (int c = 0; c < CV; c++) acc[t][c] += h[t * ldh + r] * row[c];
     }
     for (int t = 0; t < TB; t++)
         for (int c = 0; c < CV; c++) {
@@ -104,21 +149,109 @@ void expand_block(const T* b, int64_t O, const float* const* h, int rank, T* con
         }
 }
 
-template <typename T, int TB, int CV>
-void expand_columns(const T* b, int64_t O, const float* const* h, int rank, T* const* y, int64_t first, int64_t end) {
-    int64_t column = first;
-    for (; column + CV * V <= end; column += CV * V) expand_block<T, TB, CV>(b, O, h, rank, y, column);
-    for (; column + V <= end; column += V) expand_block<T, TB, 1>(b, O, h, rank, y, column);
-    for (; column < end; column++)
+template <typename T, int CV>
+void expand_column(const T* b, int64_t O, const float* h, int64_t ldh, int rank, T* const* y, int64_t n, int64_t at) {
+    int64_t t = 0;
+    for (; t + 4 <= n; t += 4) expand_block<T, 4, CV>(b, O, h + t * ldh, ldh, rank, y + t, at);
+    for (; t < n; t++) expand_block<T, 1, CV>(b, O, h + t * ldh, ldh, rank, y + t, at);
+}
+
+#ifdef __AVX512BF16__
+// The same for two vectors of 32 columns and bfloat16 h, two rows of B at a time: 4 tokens' sums stay in registers.
+template <int TB>
+void expand_pairs(const bf16* b, int64_t O, const bf16* h, int64_t ldh, int rank, bf16* const* y, int64_t column) {
+    __m512 acc[TB][4] = {};
+    for (int r = 0; r < rank; r += 2) {
+        __m512bh pairs[4];  // of rows r and r + 1, element by element; 32-bit lanes in the order of the unpacking
+        for (int c = 0; c < 2; c++) {
+            const __m512i even = _mm512_loadu_si512(b + r * O + column + c * 32);
+            const __m512i odd =
+                r + 1 < rank ? _mm512_loadu_si512(b + (r + 1) * O + column + c * 32) : _mm512_setzero_si512();
+            pairs[2 * c] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+            pairs[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+        }
         for (int t = 0; t < TB; t++) {
-            float total = widen(y[t][column]);
-            for (int r = 0; r < rank; r++) total += h[t][r] * widen(b[r * O + column]);
-            store(total, y[t] + column);
+            int32_t both;
+            std::memcpy(&both, h + t * ldh + r, sizeof both);
+            const __m512bh factor = (__m512bh)_mm512_set1_epi32(both);
+            for (int c = 0; c < 4; c++) acc[t][c] = _mm512_dpbf16_ps(acc[t][c], factor, pairs[c]);
+        }
+    }
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int t = 0; t < TB; t++)
+        for (int c = 0; c < 2; c++) {
+            bf16* out = y[t] + column + c * 32;
+            store(load(out) + (vf)_mm512_permutex2var_ps(acc[t][2 * c], low, acc[t][2 * c + 1]), out);
+            out += V;
+            store(load(out) + (vf)_mm512_permutex2var_ps(acc[t][2 * c], high, acc[t][2 * c + 1]), out);
         }
 }
 
-constexpr int ROWS = 8;        // A rows of one shrink task
-constexpr int COLUMNS = 512;   // B columns of one expand task
+// Columns from `column` on, 64 at a time, for n tokens; returns the first column left to do.
+int64_t expand_tile(const bf16* b, int64_t O, const float* h, int64_t ldh, int rank, bf16* const* y, int64_t n,
+                    int64_t column, int64_t end) {
+    const int64_t even = rank + rank % 2;
+    std::vector<bf16> rounded(n * even);
+    for (int64_t t = 0; t < n; t++)
+        for (int r = 0; r < rank; r++) store(h[t * ldh + r], &rounded[t * even + r]);
+    for (; column + 64 <= end; column += 64) {
+        int64_t t = 0;
+        for (; t + 4 <= n; t += 4) expand_pairs<4>(b, O, &rounded[t * even], even, rank, y + t, column);
+        for (; t < n; t++) expand_pairs<1>(b, O, &rounded[t * even], even, rank, y + t, column);
+    }
+    return column;
+}
+#endif
+template <typename T>
+int64_t expand_tile(const T*, int64_t, const float*, int64_t, int, T* const*, int64_t, int64_t column, int64_t) {
+    return column;
+}
+
+// sums[c] += sum_i h[i] B[i][first + c] for RB rows of B, read as long as they are: B comes from memory.
+template <typename T, int RB>
+void stream_rows(const T* b, int64_t O, const float* h, float* sums, int64_t columns) {
+    for (int64_t c = 0; c + V <= columns; c += V) {
+        vf total = load(sums + c);
+        for (int r = 0; r < RB; r++) {
+            __builtin_prefetch(b + (r + RB) * O + c);
+            total += h[r] * load(b + r * O + c);
+        }
+        store(total, sums + c);
+    }
+}
+
+constexpr int ROWS = 16;       // A rows of one shrink task
+constexpr int COLUMNS = 1024;  // B columns of one expand task
+constexpr int TILE = 64;       // tokens of one task
+
+// The columns [first, end) of a slice for n tokens of one adapter.
+template <typename T>
+void expand(const T* b, int64_t O, const float* h, int64_t ldh, int rank, T* const* y, int64_t n, int64_t first,
+            int64_t end) {
+    int64_t column = first;
+    if (n < 4)
+        for (int64_t t = 0; t < n; t++) {
+            alignas(64) float sums[COLUMNS] = {};
+            const int64_t whole = (end - first) / V * V;
+            int r = 0;
+            for (; r + 4 <= rank; r += 4) stream_rows<T, 4>(b + r * O + first, O, h + t * ldh + r, sums, whole);
+            for (; r < rank; r++) stream_rows<T, 1>(b + r * O + first, O, h + t * ldh + r, sums, whole);
+            T* out = y[t] + first;
+            for (int64_t c = 0; c < whole; c += V) store(load(out + c) + load(sums + c), out + c);
+            column = first + whole;
+        }
+    else
+        column = expand_tile(b, O, h, ldh, rank, y, n, first, end);
+    for (; column + 4 * V <= end; column += 4 * V) expand_column<T, 4>(b, O, h, ldh, rank, y, n, column);
+    for (; column + V <= end; column += V) expand_column<T, 1>(b, O, h, ldh, rank, y, n, column);
+    for (; column < end; column++)
+        for (int64_t t = 0; t < n; t++) {
+            float total = widen(y[t][column]);
+            for (int r = 0; r < rank; r++) total += h[t * ldh + r] * widen(b[r * O + column]);
+            store(total, y[t] + column);
+        }
+}
 
 struct Call {
     const int64_t* table;      // [S][N][3]: offsets of A and B in the arena, rank
@@ -129,99 +262,84 @@ struct Call {
     const int64_t* entry(int64_t slice, int64_t group) const {
         return table + (slice * slots + group_slots[group]) * 3;
     }
+    int64_t tokens(int64_t group) const { return group_starts[group + 1] - group_starts[group]; }
 };
 
+// Pointers to the rows of up to TILE tokens, from the tile's first.
 template <typename T>
-void run(const Call& call, const T* x, int64_t ldx, T* y, int64_t ldy, const T* arena, float* h, int threads) {
-    // h: per group a block [tokens of the group][rank of all slices]; slices' A rows are adjacent, so one shrink.
-    const int64_t G = call.groups;
-    int64_t* at = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * (3 * G + 3)));
-    int64_t *h_start = at, *width = at + G + 1, *task_start = at + 2 * G + 1;
-    h_start[0] = task_start[0] = 0;
-    int64_t column_tasks = 0;
+int64_t rows_of(const Call& call, int64_t group, int64_t tile, T* matrix, int64_t stride, T** rows) {
+    const int64_t from = tile * TILE, n = std::min<int64_t>(call.tokens(group) - from, TILE);
+    for (int64_t i = 0; i < n; i++) rows[i] = matrix + call.members[call.group_starts[group] + from + i] * stride;
+    return n;
+}
+
+template <typename T>
+void run(const Call& call, const T* x, int64_t ldx, T* y, int64_t ldy, const T* arena, int threads) {
+    const int64_t G = call.groups, chunks = (call.bounds[call.slices] + COLUMNS - 1) / COLUMNS;
+    std::vector<int64_t> h_start(G + 1), width(G), shrinks(G + 1), expands(G + 1);  // the last two: tasks before a group
     for (int64_t g = 0; g < G; g++) {
-        width[g] = 0;
         for (int64_t s = 0; s < call.slices; s++) width[g] += call.entry(s, g)[2];
-        h_start[g + 1] = h_start[g] + width[g] * (call.group_starts[g + 1] - call.group_starts[g]);
-        task_start[g + 1] = task_start[g] + (width[g] + ROWS - 1) / ROWS;
+        const int64_t tiles = (call.tokens(g) + TILE - 1) / TILE;
+        h_start[g + 1] = h_start[g] + width[g] * call.tokens(g);
+        shrinks[g + 1] = shrinks[g] + tiles * ((width[g] + ROWS - 1) / ROWS);
+        expands[g + 1] = expands[g] + (width[g] ? tiles * chunks : 0);
     }
-    const int64_t chunks = (call.bounds[call.slices] + COLUMNS - 1) / COLUMNS;
-    column_tasks = G * chunks;
+    // Per group a block [tokens of the group][rank of all slices]; slices' A rows are adjacent, so one shrink.
+    static thread_local std::vector<float> scratch;
+    if (scratch.size() < size_t(h_start[G])) scratch.resize(h_start[G]);
+    float* const h = scratch.data();
+    const auto group_of = [](const std::vector<int64_t>& before, int64_t task) {
+        return std::upper_bound(before.begin(), before.end(), task) - before.begin() - 1;
+    };
 
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < task_start[G]; task++) {
-            int64_t g = 0;
-            while (task_start[g + 1] <= task) g++;
-            const int64_t row = (task - task_start[g]) * ROWS;
-            const int rows = int(width[g] - row < ROWS ? width[g] - row : ROWS);
+        for (int64_t task = 0; task < shrinks[G]; task++) {
+            const int64_t g = group_of(shrinks, task), blocks = (width[g] + ROWS - 1) / ROWS;
+            const int64_t tile = (task - shrinks[g]) / blocks, row = (task - shrinks[g]) % blocks * ROWS;
             int64_t first = 0;
             while (!call.entry(first, g)[2]) first++;
-            const T* a = arena + call.entry(first, g)[0] + row * call.D;
-            const int32_t* member = call.members + call.group_starts[g];
-            const int64_t n = call.group_starts[g + 1] - call.group_starts[g];
-            float* out = h + h_start[g] + row;
-            const T* rows_x[4];
-            int64_t t = 0;
-            for (; t + 4 <= n; t += 4) {
-                for (int i = 0; i < 4; i++) rows_x[i] = x + member[t + i] * ldx;
-                shrink_tokens<T, 4>(a, rows_x, call.D, rows, out + t * width[g], width[g]);
-            }
-            for (; t < n; t++) {
-                rows_x[0] = x + member[t] * ldx;
-                shrink_tokens<T, 1>(a, rows_x, call.D, rows, out + t * width[g], width[g]);
-            }
+            const T* tokens[TILE];
+            const int64_t n = rows_of(call, g, tile, x, ldx, tokens);
+            shrink(arena + call.entry(first, g)[0] + row * call.D, tokens, n, call.D,
+                   int(std::min<int64_t>(width[g] - row, ROWS)), h + h_start[g] + tile * TILE * width[g] + row, width[g]);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < column_tasks; task++) {
-            const int64_t g = task / chunks, from = task % chunks * COLUMNS;
-            const int32_t* member = call.members + call.group_starts[g];
-            const int64_t n = call.group_starts[g + 1] - call.group_starts[g];
-            int64_t h_column = 0;
+        for (int64_t task = 0; task < expands[G]; task++) {
+            const int64_t g = group_of(expands, task), tile = (task - expands[g]) / chunks;
+            const int64_t from = (task - expands[g]) % chunks * COLUMNS;
+            const float* rows_h = h + h_start[g] + tile * TILE * width[g];
+            T* tokens[TILE];
+            const int64_t n = rows_of(call, g, tile, y, ldy, tokens);
             for (int64_t s = 0; s < call.slices; s++) {
                 const int64_t* entry = call.entry(s, g);
                 const int rank = int(entry[2]);
                 const int64_t low = call.bounds[s], O = call.bounds[s + 1] - low;
-                const int64_t first = (from > low ? from : low) - low;
-                const int64_t end = (from + COLUMNS < low + O ? from + COLUMNS : low + O) - low;
+                const int64_t first = std::max(from, low) - low, end = std::min(from + COLUMNS, low + O) - low;
                 if (rank && first < end) {
-                    const float* base = h + h_start[g] + h_column;
-                    const float* rows_h[4];
-                    T* rows_y[4];
-                    int64_t t = 0;
-                    for (; t + 4 <= n; t += 4) {
-                        for (int i = 0; i < 4; i++) {
-                            rows_h[i] = base + (t + i) * width[g];
-                            rows_y[i] = y + member[t + i] * ldy + low;
-                        }
-                        expand_columns<T, 4, 4>(arena + entry[1], O, rows_h, rank, rows_y, first, end);
-                    }
-                    for (; t < n; t++) {
-                        rows_h[0] = base + t * width[g];
-                        rows_y[0] = y + member[t] * ldy + low;
-                        expand_columns<T, 1, 16>(arena + entry[1], O, rows_h, rank, rows_y, first, end);
-                    }
+                    T* slice[TILE];
+                    for (int64_t i = 0; i < n; i++) slice[i] = tokens[i] + low;
+                    expand(arena + entry[1], O, rows_h, width[g], rank, slice, n, first, end);
                 }
-                h_column += rank;
+                rows_h += rank;
             }
         }
     }
-    std::free(at);
 }
 
 }  // namespace
 
-// dtype: 0 float32, 1 bfloat16. h: scratch of (tokens of all groups) x (largest sum of a slot's ranks) floats.
+// dtype: 0 float32, 1 bfloat16.
 extern "C" void lvnas_ragged(
     int32_t dtype, const void* x, int64_t ldx, void* y, int64_t ldy, const void* arena, const int64_t* table,
     int64_t slices, int64_t slots, int64_t D, const int64_t* bounds, const int32_t* group_slots,
-    const int32_t* group_starts, const int32_t* members, int64_t groups, float* h, int32_t threads) {
+    const int32_t* group_starts, const int32_t* members, int64_t groups, int32_t threads) {
     Call call{table, slices, slots, D, bounds, group_slots, group_starts, members, groups};
     if (dtype == 0)
-        run(call, static_cast<const float*>(x), ldx, static_cast<float*>(y), ldy, static_cast<const float*>(arena), h,
+        run(call, static_cast<const float*>(x), ldx, static_cast<float*>(y), ldy, static_cast<const float*>(arena),
             threads);
     else
-        run(call, static_cast<const bf16*>(x), ldx, static_cast<bf16*>(y), ldy, static_cast<const bf16*>(arena), h,
+        run(call, static_cast<const bf16*>(x), ldx, static_cast<bf16*>(y), ldy, static_cast<const bf16*>(arena),
             threads);
 }

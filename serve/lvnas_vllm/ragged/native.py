@@ -53,7 +53,7 @@ def load() -> Native:
     function.restype = None
     function.argtypes = [
         *(INT, POINTER, LONG, POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG),
-        *(POINTER, POINTER, POINTER, POINTER, LONG, POINTER, INT),
+        *(POINTER, POINTER, POINTER, POINTER, LONG, INT),
     ]
     return Native(function, f"native: {compiler}, {platform.machine()}")
 

@@ -1,5 +1,6 @@
 """Which tokens of a step belong to which adapter slot: worked out once per step, shared by all layers."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import numpy as np
 
 LONG = 32
 """Tokens from which a run of one adapter is a matrix product of its own, not part of the grouped call."""
+LONG_NATIVE = 512
+"""The same where the grouped call is native: below, a matrix product of few columns costs more than it computes."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class Runs:
     """int32 [G + 1]: where each group starts in `members`."""
     members: np.ndarray
     """int32: the tokens of the groups, a slot's tokens together."""
+
+    @functools.cached_property
+    def arguments(self) -> tuple[int, ...]:
+        """The native operator's."""
+        return (self.slots.ctypes.data, self.starts.ctypes.data, self.members.ctypes.data, len(self.slots))
 
     @property
     def empty(self) -> bool:

@@ -5,6 +5,7 @@ Long runs of one adapter are matrix products on views. The rest is one grouped n
 or, without a compiler, matrix products per adapter. Tokens without an adapter are not touched.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass, field
 
@@ -35,6 +36,12 @@ class SiteWeights:
     def __post_init__(self) -> None:
         self.bounds = np.array([0, *itertools.accumulate(self.outputs)], dtype=np.int64)
         self.device_bounds = torch.tensor(self.bounds, dtype=torch.int32, device=self.table.device)
+
+    @functools.cached_property
+    def arguments(self) -> tuple[int, ...]:
+        """The native operator's: what stays the same for every step, since arena and table keep their places."""
+        sizes = (len(self.outputs), self.table.shape[1], self.inputs)
+        return (self.arena.data_ptr(), self.table.data_ptr(), *sizes, self.bounds.ctypes.data)
 
     def matrices(self, slot: int) -> tuple[torch.Tensor | None, list[tuple[int, int, torch.Tensor]]]:
         """The fused A [sum of R, D] of `slot`, and per slice of rank > 0 (first column, O, B^T [R, O])."""
@@ -95,26 +102,13 @@ def add_run(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, slot: int) -> N
 
 def add_groups(operator, y: torch.Tensor, x: torch.Tensor, site: SiteWeights, runs: Runs) -> None:
     """The short runs, all adapters in one native call."""
-    widest = int(site.table[:, runs.slots.astype(np.int64), 2].sum(0).max())
-    if not widest:
-        return
-    h = torch.empty(len(runs.members) * widest, dtype=torch.float32)
     operator(
         native.DTYPES[x.dtype],
         x.data_ptr(),
         x.stride(0),
         y.data_ptr(),
         y.stride(0),
-        site.arena.data_ptr(),
-        site.table.data_ptr(),
-        len(site.outputs),
-        site.table.shape[1],
-        site.inputs,
-        site.bounds.ctypes.data,
-        runs.slots.ctypes.data,
-        runs.starts.ctypes.data,
-        runs.members.ctypes.data,
-        len(runs.slots),
-        h.data_ptr(),
+        *site.arguments,
+        *runs.arguments,
         torch.get_num_threads(),
     )

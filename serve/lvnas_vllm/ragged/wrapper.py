@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from lvnas_vllm.ragged.runs import NO_RUNS, find_runs, token_slots
+from lvnas_vllm.ragged import native
+from lvnas_vllm.ragged.runs import LONG, LONG_NATIVE, NO_RUNS, find_runs, token_slots
 from lvnas_vllm.ragged.torch_ops import SiteWeights, add_lora
 
 
@@ -23,8 +24,9 @@ class RaggedWrapperCPU(PunicaWrapperCPU):
     ) -> None:
         if self.serves_padded:
             super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
-        self.runs = find_runs(token_slots(mapping.index_mapping, lora_index_to_id))
-        self.sampler_runs = find_runs(token_slots(mapping.prompt_mapping, lora_index_to_id))
+        long = LONG if native.load().function is None else LONG_NATIVE
+        self.runs = find_runs(token_slots(mapping.index_mapping, lora_index_to_id), long)
+        self.sampler_runs = find_runs(token_slots(mapping.prompt_mapping, lora_index_to_id), long)
 
     def add_ragged(self, y: torch.Tensor, x: torch.Tensor, weights: SiteWeights) -> None:
         """Adds the LoRA output of every token to y [T, O], in place; x is [T, D]."""
