@@ -72,28 +72,34 @@ class Packer:
         self.process.wait(30)
 
 
-def kill_at_random_points(sources: Path, tmp_path: Path, points: int) -> int:
-    """Runs the test `points` times; returns how many of the runs were killed before their end."""
+def kill_at_random_points(sources: Path, tmp_path: Path, points: int) -> None:
+    """Kills `points` runs before their end, and checks what each leaves."""
     old = [read_adapter(make_adapter(tmp_path / "old" / "before", MODULES, seed=99))]
     wanted = pack(
         [*old, *(read_adapter(path) for path in sorted(sources.iterdir()))],
         tmp_path / "wanted",
         PackOptions(layout="group"),
     )
-    packer, chance, killed = Packer(), random.Random(0), 0
+    packer, chance, killed, runs = Packer(), random.Random(0), 0, 0
     try:
         start = time.monotonic()
         packer.start(sources, tmp_path / "timing")
         assert packer.line() == ["end", "0"]
         duration = time.monotonic() - start
-        for point in range(points):
-            out = tmp_path / f"pack{point}"
+        while killed < points:
+            runs += 1
+            assert runs <= 10 * points, (
+                f"only {killed} of {runs - 1} runs were still going when they were killed"
+            )
+            out = tmp_path / f"pack{runs}"
             before = pack(old, out, PackOptions(layout="group"))
             child = packer.start(sources, out)
             time.sleep(chance.uniform(0, duration))
             with contextlib.suppress(ProcessLookupError):  # it was done already
                 os.kill(child, signal.SIGKILL)
-            killed += packer.line() == ["end", "9"]
+            was_killed = packer.line() == ["end", "9"]
+            killed += was_killed
+            duration *= 1.05 if was_killed else 0.8  # other work on the machine makes runs longer and shorter
             found = read_manifest(out)
             assert found == (before if len(found["adapters"]) == 1 else wanted)
             assert verify(out).problems == []
@@ -110,13 +116,12 @@ def kill_at_random_points(sources: Path, tmp_path: Path, points: int) -> int:
             assert not list(out.glob("adapters/.draft-*"))
     finally:
         packer.close()
-    return killed
 
 
 def test_kill_at_a_few_points(sources: Path, tmp_path: Path) -> None:
-    assert kill_at_random_points(sources, tmp_path, 5) >= 1
+    kill_at_random_points(sources, tmp_path, 5)
 
 
 @pytest.mark.full
 def test_kill_at_fifty_points(sources: Path, tmp_path: Path) -> None:
-    assert kill_at_random_points(sources, tmp_path, 50) >= 20
+    kill_at_random_points(sources, tmp_path, 50)

@@ -1,6 +1,5 @@
 """Ragged LoRA end to end in float32: the ids of stock vLLM and of PEFT, capacity, refusals, roll-back."""
 
-import json
 import os
 import random
 import re
@@ -11,6 +10,9 @@ from pathlib import Path
 import pytest
 from ragged_models import VOCABULARY, Peft, adapter, llama, phi3, qwen2_vl, run_job
 
+from lvnas.adapters import read_adapter
+from lvnas.pack import pack
+from lvnas.prepare import PackOptions
 from lvnas_vllm.ragged.arena import aligned
 
 ENGINE = {"enable_lora": True, "max_lora_rank": 16, "max_model_len": 192, "max_num_seqs": 8, "max_loras": 3}
@@ -64,30 +66,18 @@ def own_elements(folder):
         return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
 
 
-def manifest(folder, adapters):
-    """A pack's manifest as `lvnas pack` writes it, the parts that the capacity reads."""
-    from safetensors import safe_open
-
-    entries = []
-    for name, path in adapters.items():
-        with safe_open(path / "adapter_model.safetensors", "pt") as file:
-            ranks = {
-                key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): file.get_slice(
-                    key
-                ).get_shape()[0]
-                for key in file.keys()  # noqa: SIM118
-                if key.endswith("lora_A.weight")
-            }
-        entries.append({"name": name, "ranks": ranks})
-    (folder / "manifest.json").write_text(json.dumps({"format": "lvnas-pack/1", "adapters": entries}))
-    return folder
+def packed(out, adapters):
+    """Name -> folder of each adapter in a `ragged` pack of them."""
+    sources = [read_adapter(path, name) for name, path in adapters.items()]
+    entries = pack(sources, out, PackOptions(layout="ragged"))["adapters"]
+    return {entry["name"]: out / entry["path"] for entry in entries}
 
 
 def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapters):
     small = {name: adapters[name] for name in ("a0", "a1")}
     big = adapter(base, tmp_path / "big", 50, ranks=(16,), share=1)
     embedding = adapter(base, tmp_path / "embedding", 51, share=0.2, also=("model.embed_tokens",))
-    everything = {**small, "big": big, "embedding": embedding}
+    everything = {**packed(tmp_path / "pack", small), "big": big, "embedding": embedding}
     ask = requests(5, [None, "a0"], 4)
     steps = [
         ["state"],
@@ -105,7 +95,7 @@ def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapt
         ["unload", "a0"],
         ["state"],
     ]
-    environment = {"LVNAS_PACK": str(manifest(tmp_path, small))}
+    environment = {"LVNAS_PACK": str(tmp_path / "pack")}
     engine = {"model": str(base), **ENGINE, "max_loras": 2}
     results, log = run_job(tmp_path / "job", True, steps, everything, environment, **engine)
     at_start, broken, after_break, a0, a1, refused, good, in_request, still_good, vocabulary, *rest = results
@@ -138,7 +128,8 @@ def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapt
 
 
 def test_adapter_memory_that_cannot_hold_the_pack_is_refused_at_start(tmp_path, base, adapters):
-    environment = {"LVNAS_PACK": str(manifest(tmp_path, adapters)), "LVNAS_ADAPTER_MEMORY": "1000"}
+    packed(tmp_path / "pack", adapters)
+    environment = {"LVNAS_PACK": str(tmp_path / "pack"), "LVNAS_ADAPTER_MEMORY": "1000"}
     with pytest.raises(AssertionError, match=r"is 1000 bytes, but the 3 largest adapters of .* need \d+"):
         run_job(tmp_path / "job", True, [], {}, environment, model=str(base), **ENGINE)
 
@@ -173,8 +164,8 @@ def test_other_models(tmp_path, make):
 @pytest.mark.full
 def test_mllama_parity_suite_with_ragged_lora():
     environment = {**os.environ, "LVNAS_RAGGED": "1"}
-    suite = Path(__file__).with_name("test_parity.py")
+    suite = [Path(__file__).with_name(name) for name in ("test_parity.py", "test_packed_adapters.py")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", suite], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *suite], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:]
