@@ -25,7 +25,11 @@ from lvnas.supernet import check_space
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SECONDS = 0.05
-"""Processor time spent on each shape and rank, at least."""
+"""Spent on each shape and rank, at least."""
+MOST_BYTES = 256 << 20
+"""Of weights that are kept to measure with: several times a processor's caches."""
+ALIGN = 32
+"""Elements to whose multiples the arena aligns matrices (`lvnas_vllm.ragged.arena.ALIGN`)."""
 
 
 def profile_base(
@@ -56,19 +60,16 @@ def profile_base(
     modules = find_targets(meta_model(base), targets).values()
     shapes = [(module.in_features, module.out_features) for module in modules]
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    step = Step(shapes, max(ranks), adapters, DTYPES[dtype], device)
     pairs = [(shape, rank) for shape in dict.fromkeys(shapes) for rank in ranks]
     seconds: dict[str, list[float]] = {}
     for shape, rank in track(pairs, f"measuring the operators of {base} on {device}"):
-        call = operator(shape, rank, adapters, DTYPES[dtype], device)
-        seconds.setdefault(shape_name(shape), []).append(seconds_of([call], device))
-    drawn = np.random.default_rng(0).integers(len(ranks), size=len(shapes))
-    calls = [
-        operator(shape, ranks[k], adapters, DTYPES[dtype], device)
-        for shape, k in zip(shapes, drawn, strict=True)
-    ]
+        seconds.setdefault(shape_name(shape), []).append(step.seconds(shape, rank))
+    drawn = np.random.default_rng(0).choice(ranks, len(shapes)).tolist()
+    plan = list(zip(shapes, drawn, strict=True))
     check = {
-        "seconds in a row": seconds_of(calls, device),
-        "sum of the table": sum(seconds[shape_name(s)][k] for s, k in zip(shapes, drawn, strict=True)),
+        "seconds in a row": seconds_of([step.operator(*module) for module in plan], device),
+        "sum of the table": sum(seconds[shape_name(shape)][ranks.index(rank)] for shape, rank in plan),
     }
     tables: dict[str, Any] = {
         name: {
@@ -100,26 +101,59 @@ def operators(device: torch.device) -> str:
     return "Triton kernels" if device.type == "cuda" else native.load().reason
 
 
-def operator(
-    shape: tuple[int, int], rank: int, adapters: int, dtype: torch.dtype, device: torch.device
-) -> Callable[[], Any]:
-    """One shrink and expand to call: y [T, O] += (x [T, D] A^T) B^T, every token another adapter of `rank`."""
-    from lvnas_vllm.ragged.arena import Arena
-    from lvnas_vllm.ragged.layout import Site, plan
-    from lvnas_vllm.ragged.torch_ops import SiteWeights
+class Step:
+    """The operators of decode steps, their weights laid one after the other around a buffer.
 
-    inputs, outputs = shape
-    own, elements = plan([Site("profiled", inputs, (outputs,))], [[rank]])
-    arena = Arena.allocate(elements * adapters, dtype, device, commit=False)
-    arena.data.normal_(0, 0.01)
-    table = torch.zeros(1, adapters, 3, dtype=torch.int64)
-    for slot in range(adapters):
-        start, _ = arena.take(slot, elements)
-        table[:, slot] = own + torch.tensor([start, start, 0])
-    x = torch.randn(adapters, inputs, device=device).to(dtype)
-    y = torch.zeros(adapters, outputs, dtype=dtype, device=device)
-    weights = SiteWeights(arena.data, table.to(device), inputs, (outputs,))
-    return _cuda_call(y, x, weights, rank) if device.type == "cuda" else _cpu_call(y, x, weights)
+    A step touches every weight once, so that most come from memory and not from a cache. The buffer is as large as
+    the weights of all modules at the highest rank, `MOST_BYTES` at most.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        highest: int,
+        adapters: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shapes, self.adapters = shapes, adapters
+        one = max(adapters * self._elements(shape, highest) for shape in shapes)
+        whole = adapters * sum(self._elements(shape, highest) for shape in shapes)
+        size = max(one, min(whole, MOST_BYTES // dtype.itemsize))
+        self.buffer = torch.empty(size + ALIGN, dtype=dtype, device=device).normal_(0, 0.01)
+        self.end = 0
+
+    def seconds(self, shape: tuple[int, int], rank: int) -> float:
+        """The time of one module's operator in a step in which all modules have this rank."""
+        step = self.adapters * sum(self._elements(other, rank) for other in self.shapes)
+        one = self.adapters * self._elements(shape, rank)
+        copies = min(step, self.buffer.numel() - ALIGN) // one if one else 1
+        self.end = 0
+        calls = [self.operator(shape, rank) for _ in range(max(1, copies))]
+        return seconds_of(calls, self.buffer.device) / len(calls)
+
+    def operator(self, shape: tuple[int, int], rank: int) -> Callable[[], Any]:
+        """One shrink and expand: y [T, O] += (x [T, D] A^T) B^T, every token another adapter of `rank`."""
+        from lvnas_vllm.ragged.layout import Site, plan
+        from lvnas_vllm.ragged.torch_ops import SiteWeights
+
+        inputs, outputs = shape
+        own, elements = plan([Site("profiled", inputs, (outputs,))], [[rank]])
+        if self.end + elements * self.adapters > self.buffer.numel() - ALIGN:
+            self.end = 0
+        starts = torch.arange(self.adapters) * elements + self.end
+        self.end += elements * self.adapters
+        table = own[:, None, :] + starts[None, :, None] * torch.tensor([1, 1, 0])
+        device, dtype = self.buffer.device, self.buffer.dtype
+        x = torch.randn(self.adapters, inputs, device=device).to(dtype)
+        y = torch.zeros(self.adapters, outputs, dtype=dtype, device=device)
+        weights = SiteWeights(self.buffer, table.to(device), inputs, (outputs,))
+        return _cuda_call(y, x, weights, rank) if device.type == "cuda" else _cpu_call(y, x, weights)
+
+    @staticmethod
+    def _elements(shape: tuple[int, int], rank: int) -> int:
+        """Of one adapter's module in the serving arena."""
+        return sum(-(-rank * width // ALIGN) * ALIGN for width in shape)
 
 
 def _cpu_call(y: torch.Tensor, x: torch.Tensor, weights: Any) -> Callable[[], Any]:
@@ -145,15 +179,15 @@ def _cuda_call(y: torch.Tensor, x: torch.Tensor, weights: Any, rank: int) -> Cal
 def seconds_of(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
     """The median time of all `calls` in a row; on CUDA replayed as a graph, without launch gaps."""
 
-    def step() -> None:
+    def row() -> None:
         for call in calls:
             call()
 
     if device.type == "cuda":
         import triton
 
-        return triton.testing.do_bench_cudagraph(step) / 1e3
-    return _median_seconds(step)
+        return triton.testing.do_bench_cudagraph(row) / 1e3
+    return _median_seconds(row)
 
 
 def _median_seconds(call: Callable[[], Any]) -> float:
