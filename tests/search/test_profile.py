@@ -33,7 +33,7 @@ def test_a_latency_budget_is_spent_on_what_was_measured(lvnas, raw_tiny, tmp_pat
     found = json.loads(printed)
     assert found["by"] == "latency" and 0.995 * found["budget"] <= found["spent"] <= found["budget"]
     code, _, errors = lvnas(*search, *by, "--budget", "1s")
-    assert code == 2 and "budget 1 cannot be reached; this space and these targets reach 0.0" in errors
+    assert code == 2 and "budget 1 cannot be reached; this space and these targets reach" in errors
     code, _, errors = lvnas(*search, "--budget-by", "latency", "--ratio", 2)
     assert code == 2 and "latency must be measured" in errors
 
