@@ -14,7 +14,7 @@ from cases import Case, draw_batches, draw_cases
 from conftest import ADAPTERS, DTYPE
 from served import compare
 
-TOLERANCES = {"float32": (1e-4, 1e-4), "float16": (0.05, 0.2), "bfloat16": (0.2, 1.0)}
+TOLERANCES = {"float32": (1e-4, 1e-4), "float16": (0.01, 0.03), "bfloat16": (0.05, 0.2)}
 """Per precision, the mean over requests and the largest of a request's largest difference of log probabilities."""
 
 
