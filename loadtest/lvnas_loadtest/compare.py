@@ -1,8 +1,9 @@
-"""Deployments against each other: started in turns (A B A B ...), the same workload and seeds, ratios per round."""
+"""Deployments against each other in turns (A B A B ...): the same workload and seeds, ratios per round."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ FIELDS = (
     "failed",
 )
 USAGE = ("host_bytes", "device_bytes", "kv_tokens")
+SLOTS = ("adapter_bytes", "adapters_per_gib")
 EFFECTS = (
     ("mixed ranks on stock vLLM", "stock-mixed", "stock-64"),
     ("grouped engines", "grouped", "stock-64"),
@@ -50,6 +52,8 @@ class Plan:
     rounds: int = 3
     flags: Sequence[str] = ()
     """vLLM's flags, the same for all: here belongs the common memory limit."""
+    together: bool = False
+    """Start every server once and let them take turns: needs room for all of them at the same time."""
 
 
 def compare(plan: Plan, out: Path, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -65,17 +69,22 @@ def compare(plan: Plan, out: Path, progress: Callable[[str], None] = lambda text
         raise InputError(f"{plan.rounds} rounds of {len(plan.deployments)} deployments; at least one of each")
     rounds: dict[str, list[dict[str, Any]]] = {deployment.name: [] for deployment in plan.deployments}
     errors: dict[str, str] = {}
-    for number in range(plan.rounds):
-        for deployment in plan.deployments:
-            if deployment.name in errors:
-                continue
-            progress(f"round {number + 1} of {plan.rounds}: {deployment.name}")
-            folder = out / "runs" / f"{deployment.name}-{number + 1}"
-            try:
-                rounds[deployment.name].append(turn(plan, deployment, number, folder))
-            except InputError as error:
-                # One deployment that cannot start says something too; the others are still worth measuring.
-                errors[deployment.name] = str(error)
+    with contextlib.ExitStack() as stack:
+        kept: dict[str, Running] = {}
+        for deployment in plan.deployments if plan.together else ():
+            progress(f"starting {deployment.name}")
+            with _noted(deployment, errors):
+                server = running(deployment, plan.flags, out / "runs" / f"{deployment.name}-logs")
+                kept[deployment.name] = stack.enter_context(server)
+        for number in range(plan.rounds):
+            for deployment in plan.deployments:
+                if deployment.name in errors:
+                    continue
+                progress(f"round {number + 1} of {plan.rounds}: {deployment.name}")
+                folder = out / "runs" / f"{deployment.name}-{number + 1}"
+                with _noted(deployment, errors):
+                    found = turn(plan, deployment, number, folder, kept.get(deployment.name))
+                    rounds[deployment.name].append(found)
     if not any(rounds.values()):
         raise InputError(f"no deployment finished: {'; '.join(f'{k}: {v}' for k, v in errors.items())}")
     comparison = {
@@ -84,6 +93,7 @@ def compare(plan: Plan, out: Path, progress: Callable[[str], None] = lambda text
         "errors": errors,
         "workload": dataclasses.asdict(plan.workload),
         "flags": list(plan.flags),
+        "together": plan.together,
         "provenance": provenance(seeds=[plan.workload.seed + number for number in range(plan.rounds)]),
     }
     page = comparison_page(comparison)
@@ -93,11 +103,28 @@ def compare(plan: Plan, out: Path, progress: Callable[[str], None] = lambda text
     return comparison
 
 
-def turn(plan: Plan, deployment: Deployment, number: int, folder: Path) -> dict[str, Any]:
-    """Starts `deployment`, loads it, stops it; the numbers of this turn."""
-    with running(deployment, plan.flags, folder.with_name(f"{folder.name}-logs")) as server:
+@contextlib.contextmanager
+def _noted(deployment: Deployment, errors: dict[str, str]) -> Iterator[None]:
+    """One deployment that cannot start says something too; the others are still worth measuring."""
+    try:
+        yield
+    except InputError as error:
+        errors[deployment.name] = str(error)
+
+
+def turn(
+    plan: Plan, deployment: Deployment, number: int, folder: Path, server: Running | None = None
+) -> dict[str, Any]:
+    """Loads `deployment`'s `server`, or one that is started for this turn; the numbers of the turn."""
+    logs = folder.with_name(f"{folder.name}-logs")
+    with contextlib.nullcontext(server) if server else running(deployment, plan.flags, logs) as server:
         workload = turn_workload(plan.workload, deployment, server, number)
-        return numbers(run(workload, folder)) | {"start_seconds": server.start_seconds}
+        found = numbers(run(workload, folder)) | {"start_seconds": server.start_seconds}
+    size, slots = deployment.adapter_bytes, deployment.slots
+    return found | {
+        "adapter_bytes": size,
+        "adapters_per_gib": slots * 2**30 / size if size and slots else None,
+    }
 
 
 def turn_workload(workload: Workload, deployment: Deployment, server: Running, number: int) -> Workload:
@@ -136,7 +163,7 @@ def ratios(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, 
             "effect": effect,
             "of": of,
             "to": to,
-            "ratios": {name: ratio(rounds[of], rounds[to], name) for name in (*FIELDS[:7], *USAGE)},
+            "ratios": {name: ratio(rounds[of], rounds[to], name) for name in (*FIELDS[:7], *USAGE, *SLOTS)},
         }
         for effect, of, to in pairs
     ]

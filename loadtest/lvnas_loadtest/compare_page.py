@@ -13,6 +13,8 @@ COLUMNS = {
     "host_bytes": ("host MiB", 2**-20, "{:,.0f}"),
     "device_bytes": ("device MiB", 2**-20, "{:,.0f}"),
     "kv_tokens": ("KV tokens", 1.0, "{:,.0f}"),
+    "adapter_bytes": ("adapters MiB", 2**-20, "{:,.1f}"),
+    "adapters_per_gib": ("adapters / GiB", 1.0, "{:,.0f}"),
     "request_throughput": ("req/s", 1.0, "{:.2f}"),
     "output_throughput": ("tok/s", 1.0, "{:.1f}"),
     "median_ttft_ms": ("TTFT p50 ms", 1.0, "{:.1f}"),
@@ -21,7 +23,10 @@ COLUMNS = {
     "p99_tpot_ms": ("TPOT p99 ms", 1.0, "{:.2f}"),
     "failed": ("failed", 1.0, "{:.0f}"),
 }
-RATIOS = ("host_bytes", "device_bytes", "kv_tokens", "output_throughput", "median_ttft_ms", "median_tpot_ms")
+RATIOS = (
+    *("host_bytes", "device_bytes", "kv_tokens", "adapter_bytes"),
+    *("output_throughput", "median_ttft_ms", "median_tpot_ms"),
+)
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> Page:
@@ -51,7 +56,8 @@ def comparison_page(comparison: Mapping[str, Any]) -> Page:
         tables=[levels(rounds), ratio_table(comparison["ratios"])],
         notes=[
             "Levels are means over the rounds; ratios are geometric means of the rounds' ratios with their 95% "
-            "confidence interval. Memory is the highest sample while loaded."
+            "confidence interval. Memory is the highest sample while loaded. Adapters: what those resident at once "
+            "take, by the arithmetic of lvnas inspect --plan, and how many of them fit in one GiB."
         ],
         plots=plots,
         provenance={name: comparison[name] for name in ("provenance", "workload", "flags")},

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvnas.errors import InputError, unknown
-from lvnas.files import read_json
 from lvnas_loadtest.packs import read_pack
 from lvnas_loadtest.server import check_url_models
 from lvnas_loadtest.workload import normal_url
@@ -50,6 +49,8 @@ class Deployment:
     engines: list[Engine]
     rank_classes: dict[str, str] = field(default_factory=dict)
     slots: int | None = None
+    adapter_bytes: int | None = None
+    """What the adapters that are resident at once take, by the arithmetic of `lvnas inspect --plan`."""
 
 
 def deployments(
@@ -129,6 +130,7 @@ def _base(adapters: Sequence["Adapter"], labels: Sequence[str]) -> Deployment:
 def _packed(
     name: str, found: dict[str, list["Adapter"]], labels: Sequence[str], folder: Path, slots: int | None
 ) -> Deployment:
+    from lvnas.inspect import plan, read_shapes
     from lvnas.pack import PackOptions, pack
 
     which, layout = KINDS[name]
@@ -146,9 +148,12 @@ def _packed(
         Engine(models={label_of[model]: model for model in models}, sources=(str(folder),), group=group)
         for group, models in (groups or {None: known.adapters}).items()
     ]
+    resident = manifest["serve"]["max_loras"]
+    layouts = plan(read_shapes(folder), len(adapters), resident)
     return Deployment(
         name=name,
         engines=engines,
         rank_classes={label_of[model]: rank_class for model, rank_class in known.rank_classes.items()},
-        slots=read_json(folder / "manifest.json").get("serve", {}).get("max_loras"),
+        slots=resident,
+        adapter_bytes=next(one["device_bytes"] for one in layouts if one["layout"] == layout),
     )

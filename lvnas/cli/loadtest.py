@@ -119,11 +119,14 @@ def serving_options(function: Any) -> Any:
 @serving_options
 @click.option("--slots", type=int, help="Adapters resident at once, the same for all; by default as packed.")
 @click.option("--rounds", default=3, help="How often each deployment has its turn.")
+@click.option(
+    "--together", is_flag=True, help="Start all servers once instead of one in each turn: if memory suffices."
+)
 @workload_options
 @click.option("--out", type=click.Path(path_type=Path), default="compare", help="Folder of the report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare(deployments: str, mixed: tuple[str, ...], uniform: tuple[str, ...], flags: str, slots: int | None,
-            rounds: int, out: Path, as_json: bool, **options: Any) -> None:  # fmt: skip
+            rounds: int, together: bool, out: Path, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Serve the same adapters in several ways, in turns, under the same load; ratios with confidence intervals."""
     import shlex
 
@@ -142,7 +145,13 @@ def compare(deployments: str, mixed: tuple[str, ...], uniform: tuple[str, ...], 
     console = Console(stderr=True)
     with console.status("comparison starts") as status:
         comparison = run_comparison(
-            Plan(deployments=made, workload=workload, rounds=rounds, flags=shlex.split(flags)),
+            Plan(
+                deployments=made,
+                workload=workload,
+                rounds=rounds,
+                flags=shlex.split(flags),
+                together=together,
+            ),
             out,
             status.update,
         )

@@ -294,7 +294,7 @@ void run(const Call& call, const T* x, int64_t ldx, T* y, int64_t ldy, const T* 
 
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
         for (int64_t task = 0; task < shrinks[G]; task++) {
             const int64_t g = group_of(shrinks, task), blocks = (width[g] + ROWS - 1) / ROWS;
             const int64_t tile = (task - shrinks[g]) / blocks, row = (task - shrinks[g]) % blocks * ROWS;
@@ -305,7 +305,7 @@ void run(const Call& call, const T* x, int64_t ldx, T* y, int64_t ldy, const T* 
             shrink(arena + call.entry(first, g)[0] + row * call.D, tokens, n, call.D,
                    int(std::min<int64_t>(width[g] - row, ROWS)), h + h_start[g] + tile * TILE * width[g] + row, width[g]);
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
         for (int64_t task = 0; task < expands[G]; task++) {
             const int64_t g = group_of(expands, task), tile = (task - expands[g]) / chunks;
             const int64_t from = (task - expands[g]) % chunks * COLUMNS;
