@@ -15,8 +15,8 @@ from lvnas import distributed, files
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.errors import InputError, unknown
 from lvnas.ranks import check_scaling
-from lvnas.search import search_tasks, write_plan
 from lvnas.strategies import Gains, SearchConfig
+from lvnas.task_search import search_tasks, write_plan
 
 FORMAT = "lvnas-joint/1"
 SUMMARY = "joint.json"
@@ -82,7 +82,7 @@ def search_jointly(
         in `out`/joint.json.
 
     Raises:
-        InputError: see `allocate_jointly` and `lvnas.search.search_task`; or two tasks of one name.
+        InputError: see `allocate_jointly` and `lvnas.task_search.search_task`; or two tasks of one name.
     """
     check_scaling(scaling)
     folders = {task: Path(out) / Path(task).stem for task in tasks}

@@ -20,7 +20,7 @@ def command(base: str, targets: str, ranks: str, adapters: int, dtype: str, out:
     OUT also holds the parameters and the slot bytes of every pack layout.
     """
     from lvnas.profile import profile_base
-    from lvnas.search import parse_ranks
+    from lvnas.task_search import parse_ranks
 
     summary = profile_base(
         base, out, targets=targets, ranks=parse_ranks(ranks), adapters=adapters, dtype=dtype

@@ -78,8 +78,8 @@ def command(
     from lvnas.distributed import is_first
     from lvnas.errors import InputError
     from lvnas.joint import parse_weights, search_jointly
-    from lvnas.search import parse_options, parse_ranks, search_task
     from lvnas.strategies import SearchConfig
+    from lvnas.task_search import parse_options, parse_ranks, search_task
 
     config = SearchConfig(
         method=method, targets=targets, ranks=parse_ranks(ranks), options=parse_options(options), **settings
