@@ -60,7 +60,7 @@ def write_adapter(
     tensors = safetensors.torch.load_file(path)
     for name, tensor in tensors.items():
         if "lora_B" in name:
-            tensor.normal_(0.0, 0.5 / tensor.shape[1], generator=generator)
+            tensor.normal_(0.0, 0.5 / tensor.shape[1] ** 0.5, generator=generator)  # as strong at every rank
     dtype = torch.bfloat16 if sum(tensor.numel() for tensor in tensors.values()) > 5e7 else torch.float32
     safetensors.torch.save_file({name: t.to(dtype) for name, t in tensors.items()}, path, {"format": "pt"})
 

@@ -21,10 +21,18 @@ QUESTIONS = (
     "Name the largest number that you can see.",
     "Which of the values is the smallest, and why?",
 )
+MARGIN = 2
+"""Answers in which two adapters must differ to be told apart: other batches round differently, and one rounded answer
+may happen to be another adapter's."""
 TOKENS = 16
 IMAGE_SIDE = 64
 
 Answers = tuple[str, ...]
+
+
+def distance(one: Answers, other: Answers) -> int:
+    """In how many answers they differ."""
+    return sum(a != b for a, b in zip(one, other, strict=True))
 
 
 @dataclass
@@ -41,11 +49,16 @@ class Canary:
         self._turns = itertools.cycle(self.workload.adapters)
 
     def record(self) -> None:
-        """Records each adapter's answers, with one question more until all adapters differ."""
-        for self.questions in range(1, len(QUESTIONS) + 1):
+        """Records each adapter's answers, with one question more until all adapters can be told apart."""
+        for self.questions in range(MARGIN, len(QUESTIONS) + 1):
             self.recorded = {adapter: self._ask(adapter) for adapter in self.workload.adapters}
-            if len(set(self.recorded.values())) == len(self.recorded):
+            if not self.alike():
                 return
+
+    def alike(self) -> list[list[str]]:
+        """Pairs of adapters whose recorded answers differ in fewer than MARGIN questions."""
+        pairs = itertools.combinations(self.recorded.items(), 2)
+        return [[one, other] for (one, known), (other, theirs) in pairs if distance(known, theirs) < MARGIN]
 
     def check_next(self, at: float) -> None:
         """Asks the adapter whose turn it is; `at` is noted with the verdict."""
@@ -55,20 +68,19 @@ class Canary:
         self.checks.append({"at": at, "adapter": adapter, "verdict": verdict, "answers": list(answers)})
 
     def verdict(self, adapter: str, answers: Answers) -> str:
-        """`same`; `wrong: NAME` for the answers of another adapter; `changed` for any others; `failed`."""
+        """`same`; `wrong: NAME` for the answers of an adapter that can be told apart; `changed` for any others;
+        `failed`."""
         if answers == self.recorded[adapter]:
             return "same"
         if any(answer.startswith("failed: ") for answer in answers):
             return "failed"
-        others = [name for name, known in self.recorded.items() if known == answers]
+        far = distance(answers, self.recorded[adapter]) >= MARGIN
+        others = [name for name, known in self.recorded.items() if far and known == answers]
         return f"wrong: {others[0]}" if others else "changed"
 
     def report(self) -> dict[str, Any]:
         """Counts of verdicts, the checks, and which adapters the questions cannot tell apart."""
         verdicts = [check["verdict"] for check in self.checks]
-        alike: dict[Answers, list[str]] = {}
-        for adapter, answers in self.recorded.items():
-            alike.setdefault(answers, []).append(adapter)
         return {
             "questions": self.questions,
             "checks": len(verdicts),
@@ -76,7 +88,7 @@ class Canary:
             "changed": verdicts.count("changed"),
             "failed": verdicts.count("failed"),
             "wrong": sum(verdict.startswith("wrong") for verdict in verdicts),
-            "indistinguishable": [group for group in alike.values() if len(group) > 1],
+            "indistinguishable": self.alike(),
             "events": [check for check in self.checks if check["verdict"] != "same"],
             "answers": {adapter: list(answers) for adapter, answers in self.recorded.items()},
         }

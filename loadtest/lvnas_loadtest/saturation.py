@@ -27,6 +27,8 @@ def go_first() -> None:
     the server needs little time, but at once, or its clock is wrong."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
+        # Linux may share a processor out to sessions first: then priorities count only within a session.
+        Path("/proc/self/autogroup").write_text(str(PRIORITY))
 
 
 class Heartbeat:

@@ -10,6 +10,7 @@ import pytest
 
 from lvnas.errors import InputError
 from lvnas_loadtest import server as server_side
+from lvnas_loadtest.canary import Canary
 from lvnas_loadtest.packs import rank_class, read_pack
 from lvnas_loadtest.run import run
 from lvnas_loadtest.sampler import host_bytes, parse
@@ -33,7 +34,7 @@ def test_a_wrong_adapter_is_caught(serve, tmp_path):
     )
     result = run(load, tmp_path / "out")
     canary = result["canary"]
-    assert canary["questions"] == 1 and not canary["indistinguishable"]
+    assert canary["questions"] == 2 and not canary["indistinguishable"]
     assert canary["checks"] == canary["same"] + canary["changed"] + canary["wrong"] >= 9
     assert {event["adapter"]: event["verdict"] for event in canary["events"]} == {
         "b": "wrong: a",
@@ -44,6 +45,15 @@ def test_a_wrong_adapter_is_caught(serve, tmp_path):
     assert usage["vllm:kv_cache_usage_perc"]["mean"] == 0.25
     assert MIB < usage["host_bytes"]["max"] < 500 * MIB
     assert usage["vllm:num_requests_running"]["max"] >= 1
+
+
+def test_one_rounded_answer_is_not_another_adapter():
+    recorded = {"a": ("1", "2", "3"), "b": ("1", "2", "4"), "c": ("5", "6", "3")}
+    canary = Canary(Workload(url="http://127.0.0.1", adapters=list(recorded)), recorded)
+    assert canary.alike() == [["a", "b"]]
+    assert canary.verdict("a", ("1", "2", "4")) == "changed"
+    assert canary.verdict("a", ("5", "6", "3")) == "wrong: c"
+    assert canary.verdict("a", ("1", "2", "3")) == "same"
 
 
 def test_adapters_that_the_canary_cannot_tell_apart_are_named(serve, tmp_path):
