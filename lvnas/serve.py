@@ -245,6 +245,9 @@ def _environment(env: dict[str, str], options: ServeOptions) -> dict[str, str]:
         "VLLM_MAX_IMAGE_PIXELS": str(PIXELS),
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
     }
+    if not any(
+        _given(flag, options.flags) for flag in ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
+    ):
+        defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; else vLLM takes most of the machine's memory
     return {name: value for name, value in defaults.items() if name not in os.environ} | env

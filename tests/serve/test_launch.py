@@ -53,6 +53,14 @@ def test_flags_of_vllm_pass_through_and_override(packed) -> None:
     assert launch.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 
+@pytest.mark.parametrize("flag", ["--gpu-memory-utilization=0.2", "--kv_cache_memory_bytes=1G"])
+def test_a_memory_limit_among_the_flags_is_the_one_that_counts(packed, monkeypatch, flag: str) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    folder = str(packed())
+    assert plan([folder], ServeOptions()).env["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in plan([folder], ServeOptions(flags=[flag])).env
+
+
 def test_adapter_folders_get_a_legal_rank(adapters: dict[str, Path], checkpoint: Path) -> None:
     launch = plan([f"kv={adapters['cross-kv-1']}"], ServeOptions(base=str(checkpoint)))
     assert value(launch, "--max-lora-rank") == "8"  # rank 4: the next that vLLM allows
