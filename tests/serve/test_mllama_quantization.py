@@ -10,8 +10,9 @@ from lvnas_vllm.mllama_quantization import rename_layer, rename_layers
 HUB_LISTS = {
     "expressions": ["re:.*lm_head", "re:multi_modal_projector.*", "re:vision_model.*"],
     "names": ["multi_modal_projector", "language_model.lm_head"],
+    "parts": ["vision_model", "multi_modal_projector", "lm_head"],
 }
-"""How llm-compressor's recipes name the layers to leave alone."""
+"""How checkpoints name the layers to leave alone: llm-compressor's recipes and files, and AWQ's."""
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,10 @@ def test_eight_bit_weights_and_inputs_with_an_adapter(tmp_path: Path) -> None:
         tmp_path, adapters=["everything"], quantised={"scheme": "int8", "ignore": HUB_LISTS["names"]}
     )
     assert result["mean"] < 0.05 and result["worst"] < 0.15, result
+
+
+@pytest.mark.full
+def test_awq_weights_with_an_adapter(tmp_path: Path) -> None:
+    quantised = {"scheme": "awq", "ignore": HUB_LISTS["parts"]}
+    result = run(tmp_path, adapters=["everything"], engine={"dtype": "float16"}, quantised=quantised)
+    assert result["mean"] < 0.01 and result["worst"] < 0.03, result
