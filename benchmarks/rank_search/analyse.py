@@ -1,6 +1,7 @@
 """Tables of one or more runs of the suite: every comparison, every control, every goal.
 
-    python benchmarks/rank_search/analyse.py benchmarks/results/rank_search/confirm-* --plots docs/images
+    python benchmarks/rank_search/analyse.py benchmarks/results/rank_search/confirm-* --plots docs/images \
+        --page docs/search.md
 
 Of a plan's learning rates the one with the best search-validation loss counts; all comparisons are paired within a
 cell (task, seed, budget); intervals are 95% percentile bootstraps that draw tasks first, then cells within a task.
@@ -13,14 +14,19 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import goals
 import numpy as np
+from goals import show
 from scipy.stats import spearmanr
+
+from lvnas import files
 
 RESAMPLES = 4000
 ORDER = (
     "score", "svd", "uniform", "darts", "adalora", "eva", "text-only", "vision-only",
     "score-permuted", "score-inverted", "darts-permuted", "darts-inverted",
 )  # fmt: skip
+BEGIN, END = "<!-- analyse.py: begin -->", "<!-- analyse.py: end -->"
 SLACK = 0.02
 """Nats above the best uniform rank that are still sufficient."""
 
@@ -155,10 +161,6 @@ def compression(cells: Cells) -> list[dict]:
     return rows
 
 
-def show(value: tuple[float, float, float], digits: int = 3) -> str:
-    return f"{value[0]:+.{digits}f} [{value[1]:+.{digits}f}, {value[2]:+.{digits}f}]"
-
-
 def markdown(table: list[dict]) -> str:
     """The comparison as a Markdown table."""
     lines = [
@@ -175,35 +177,71 @@ def markdown(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def report(folders: list[Path]) -> str:
+    """All tables, as Markdown."""
+    cells, searches = read_rows(folders), read_searches(folders)
+    methods = {key[0] for key in searches}
+    agreements = {m: agreement(searches, m) for m in ORDER if m in methods}
+    pressed = compression(cells)
+    parts = []
+    for budget in sorted({key[2] for key in cells}):
+        table = compare(cells, budget)
+        if not table:
+            continue
+        done: dict[str, int] = defaultdict(int)
+        for task, _, at in cells:
+            done[task] += at == budget
+        count = ", ".join(f"{task} {number}" for task, number in done.items() if number)
+        parts.append(f"**Budget: uniform rank {budget:g}.** Seeds: {count}.")
+        reached = goals.goals(
+            table,
+            lambda other, budget=budget: against(cells, budget, other),
+            agreements,
+            [row["share"] for row in pressed],
+            folders[0].parent / "cost.json",
+        )
+        parts += [goals.markdown(reached), markdown(table)]
+        by_task = next(e for e in table if (e["method"], e["start"]) == ("score", "restart"))
+        tasks = ", ".join(f"{task} {value:+.3f}" for task, value in by_task["vs_uniform_by_task"].items())
+        parts.append(f"`score` - uniform by task, both restarting: {tasks}.")
+    correlations = "; ".join(f"{m} {seeds:.2f} ({tasks:.2f})" for m, (seeds, tasks) in agreements.items())
+    parts.append(
+        f"Rank correlation of the modules' scores between seeds of a task (between tasks): {correlations}."
+    )
+    for row in pressed:
+        uniform = ", ".join(f"{rank:g}: {loss:.3f}" for rank, loss in row["uniform"].items())
+        parts.append(
+            f"{row['task']}: uniform {uniform}; rank {row['sufficient']:g} suffices, `score` reaches its loss at "
+            f"{row['needed']:.2f}, {row['below_uniform_64']:.0f} times below uniform 64."
+        )
+    return "\n\n".join(parts)
+
+
+def write_page(page: Path, text: str) -> None:
+    """Puts `text` between the page's two marks."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end, f"{page} needs {BEGIN} and {END}"
+    files.write_text(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders that run.py wrote")
     parser.add_argument("--plots", type=Path, help="folder for rank_search.png and rank_search_curve.png")
+    parser.add_argument("--page", type=Path, help="page to put the tables in, between its marks")
     arguments = parser.parse_args()
-    cells, searches = read_rows(arguments.runs), read_searches(arguments.runs)
-    tables = [compare(cells, budget) for budget in sorted({key[2] for key in cells})]
-    tables = [table for table in tables if table]
-    for table in tables:
-        print(markdown(table), end="\n\n")
-        budget = table[0]["budget"]
-        for other in ("adalora", "eva", "darts", "svd"):
-            print(f"budget {budget:g}: score - {other}: {show(against(cells, budget, other))}")
-        for entry in table:
-            if entry["method"] in ("score-inverted", "darts-inverted"):
-                print(f"{entry['method']}: worse than every random plan in {entry['worse_than_all'][0]:.0%}")
-            if entry["method"] == "score":
-                print(entry["start"], {task: round(v, 3) for task, v in entry["vs_uniform_by_task"].items()})
-        print()
-    for method in ("score", "svd", "darts", "adalora", "eva", "score-permuted"):
-        seeds, tasks = agreement(searches, method)
-        print(f"{method}: rank correlation of scores between seeds {seeds:.2f}, between tasks {tasks:.2f}")
-    for row in compression(cells):
-        print(json.dumps(row))
+    text = report(arguments.runs)
+    print(text)
+    if arguments.page:
+        write_page(arguments.page, text)
     if arguments.plots:
         import plots
 
+        cells = read_rows(arguments.runs)
+        tables = [table for budget in sorted({key[2] for key in cells}) if (table := compare(cells, budget))]
         plots.comparison(cells, tables, arguments.plots / "rank_search.png")
         plots.curves(compression(cells), arguments.plots / "rank_search_curve.png")
 

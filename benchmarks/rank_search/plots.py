@@ -37,6 +37,7 @@ def comparison(cells: dict, tables: list[list[dict]], path: Path) -> None:
         axis.axvspan(
             *np.percentile(draws, [10, 90]), color="tab:orange", alpha=0.18, zorder=0, label="80% of random"
         )
+        axis.set_xlim(left=max(axis.get_xlim()[0], -1.0), right=min(axis.get_xlim()[1], 1.0))
         axis.set_title(f"budget: uniform rank {table[0]['budget']:g}")
         axis.set_xlabel("test loss - uniform's, nats (left is better)")
         axis.legend(loc="lower right", fontsize=8, frameon=False)

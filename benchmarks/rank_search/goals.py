@@ -1,0 +1,84 @@
+"""The goals of the rank search, each with the number that was reached; `analyse.py` prints them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+Value = tuple[float, float, float]
+
+
+def show(value: Value, digits: int = 3) -> str:
+    """Mean and interval."""
+    return f"{value[0]:+.{digits}f} [{value[1]:+.{digits}f}, {value[2]:+.{digits}f}]"
+
+
+def goals(
+    table: list[dict],
+    paired: Callable[[str], Value],
+    agreements: dict[str, tuple[float, float]],
+    shares: list[float],
+    cost: Path,
+) -> list[tuple[str, str, bool | None]]:
+    """(goal, number, met or not; None where it was not measured) at one budget.
+
+    Args:
+        table: `analyse.compare` of the budget.
+        paired: another method -> `score` minus it, both restarting.
+        agreements: method -> rank correlation of scores between seeds, and between tasks.
+        shares: per task, the parameters that `score` needs over those of the smallest sufficient uniform rank.
+        cost: what `search_cost.py` wrote.
+    """
+    at = {(entry["method"], entry["start"]): entry for entry in table}
+    found = at["score", "restart"]
+    percentile, below = found["percentile"][0], found["below_random"]
+    rows: list[tuple[str, str, bool | None]] = [
+        ("mean percentile within random <= 10", f"{percentile:.0f}", percentile <= 10),
+        ("below the random mean in >= 90% of cells", f"{below:.0%}", below >= 0.9),
+    ]
+    for start in ("restart", "inherit"):
+        entry = at["score", start]
+        mean, _, high = entry["vs_uniform"]
+        worst = max(entry["vs_uniform_by_task"].values())
+        met = mean <= -0.05 and high < 0 and worst <= 0.05
+        number = f"{show(entry['vs_uniform'])}, worst task {worst:+.3f}"
+        rows.append((f"- uniform <= -0.05, interval below 0, no task above +0.05 ({start})", number, met))
+    for other in ("adalora", "eva"):
+        if (other, "restart") in at:
+            value = paired(other)
+            rows.append((f"better than {other} on average", show(value), value[0] < 0))
+    inverted = at["score-inverted", "restart"]["worse_than_all"][0]
+    rows.append(("inverted scores worse than every random plan", f"{inverted:.0%} of cells", inverted == 1))
+    if ("score-permuted", "restart") in at:
+        value, lost = paired("score-permuted"), at["score-permuted", "restart"]["vs_random"]
+        number = f"score - permuted {show(value)}; permuted - random {show(lost)}"
+        rows.append(("label-permuted search data lose the gain", number, value[2] < 0 and lost[0] >= 0))
+    for method in ("score", "darts"):
+        if method in agreements:
+            seeds, tasks = agreements[method]
+            number = f"{seeds:.2f} against {tasks:.2f}"
+            rows.append((f"{method}: two seeds agree more than two tasks", number, seeds > tasks))
+    if ("darts", "restart") in at:
+        for control in ("darts-inverted", "darts-permuted"):
+            value = at[control, "restart"]["vs_random"]
+            rows.append((f"the paper's mode, {control.partition('-')[2]}", f"- random {show(value)}", None))
+        value = at["darts", "restart"]["vs_random"]
+        rows.append(("the paper's mode better than random", show(value), value[2] < 0))
+    share = sum(shares) / len(shares) if shares else float("nan")
+    number = f"{share:.2f}" if shares else "not run"
+    rows.append(
+        ("<= 1/3 of the smallest sufficient uniform rank", number, share <= 1 / 3 if shares else None)
+    )
+    if cost.exists():
+        spent = json.loads(cost.read_text())
+        number = f"{spent['share_of_time']:.0%} of {spent['finetune_steps']} steps"
+        rows.append(
+            ("search <= 15% of the time of a uniform-64 fine-tune", number, spent["share_of_time"] <= 0.15)
+        )
+    return rows
+
+
+def markdown(rows: list[tuple[str, str, bool | None]]) -> str:
+    """The goals as a Markdown table."""
+    marks = {True: "yes", False: "no", None: ""}
+    lines = [f"| {goal} | {number} | {marks[met]} |" for goal, number, met in rows]
+    return "\n".join(["| goal | reached | met |", "|---|---|---|", *lines])
