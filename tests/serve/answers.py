@@ -32,10 +32,12 @@ def _read(output) -> list[list[float]]:
     ]
 
 
-def main(base: Path, adapters: dict[str, str], options: dict) -> list[list[list[list[float]]]]:
+def main(base: Path, adapters: dict[str, str], options: dict) -> list[list[list[list[list[float]]]]]:
+    """The answers without any adapter in use, and with `adapters`."""
     from served import Engine
 
-    return answers(Engine(base, adapters, **{**conftest.LIMITS, **options}), list(adapters))
+    engine = Engine(base, adapters, **{**conftest.LIMITS, **options})
+    return [answers(engine), answers(engine, list(adapters))]
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapt
 
 
 def test_adapter_memory_that_cannot_hold_the_pack_is_refused_at_start(tmp_path, base, adapters):
-    packed(tmp_path / "pack", adapters)
+    packed(tmp_path / "pack", {name: path for name, path in adapters.items() if name != "head"})
     environment = {"LVNAS_PACK": str(tmp_path / "pack"), "LVNAS_ADAPTER_MEMORY": "1000"}
     with pytest.raises(AssertionError, match=r"is 1000 bytes, but the 3 largest adapters of .* need \d+"):
         run_job(tmp_path / "job", True, [], {}, environment, model=str(base), **ENGINE)
