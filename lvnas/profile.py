@@ -22,14 +22,13 @@ from lvnas.errors import InputError, unknown
 from lvnas.modules import find_targets
 from lvnas.progress import track
 from lvnas.supernet import check_space
+from lvnas_vllm.ragged.arena import ALIGN, aligned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SECONDS = 0.05
 """Spent on each shape and rank, at least."""
 MOST_BYTES = 256 << 20
 """Of weights that are kept to measure with: several times a processor's caches."""
-ALIGN = 32
-"""Elements to whose multiples the arena aligns matrices (`lvnas_vllm.ragged.arena.ALIGN`)."""
 
 
 def profile_base(
@@ -153,7 +152,7 @@ class Step:
     @staticmethod
     def _elements(shape: tuple[int, int], rank: int) -> int:
         """Of one adapter's module in the serving arena."""
-        return sum(-(-rank * width // ALIGN) * ALIGN for width in shape)
+        return sum(aligned(rank * width) for width in shape)
 
 
 def _cpu_call(y: torch.Tensor, x: torch.Tensor, weights: Any) -> Callable[[], Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from small_base import folder
-from suite import Data, Found, Plan, Settings, _search, _train
+from suite import Data, Found, Plan, Settings, search_one, train_plans
 
 from lvnas import bases, files
 from lvnas.allocate import Budget, plan_ranks
@@ -42,7 +42,7 @@ def run_seed(model, processor, seed: int) -> list[dict]:
     arms: dict[tuple[str, str], dict[str, dict[str, int]]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for method in METHODS:
-        found = {task: _search(model, one, SETTINGS, seed, method, {}) for task, one in data.items()}
+        found = {task: search_one(model, one, SETTINGS, seed, method, {}) for task, one in data.items()}
         gains = {task: one.gains for task, one in found.items()}
         shapes = next(iter(gains.values())).shapes
         gained = {task: _gained(model, data[task], found[task], seed) for task in found}
@@ -57,7 +57,7 @@ def run_seed(model, processor, seed: int) -> list[dict]:
             for rate in SETTINGS.rates
         ]
         start = time.perf_counter()
-        trained = _train(model, one, SETTINGS, seed, runs, shapes)
+        trained = train_plans(model, one, SETTINGS, seed, runs, shapes)
         rows += [{"task": task, **row} for row in trained]
         print(seed, task, f"{len(runs)} plans in {time.perf_counter() - start:.0f} s", flush=True)
     return rows

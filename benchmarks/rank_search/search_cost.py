@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from small_base import folder
-from suite import Data, Settings, _search
+from suite import Data, Settings, search_one
 
 from lvnas import bases, files
 from lvnas.modules import find_targets
@@ -57,7 +57,7 @@ def main() -> None:
     for _ in range(arguments.turns):
         finetune = settings.steps * finetune_step(model, data, settings, arguments.steps)
         start = time.perf_counter()
-        found = _search(model, data, settings, 0, "score", {})
+        found = search_one(model, data, settings, 0, "score", {})
         rows.append({"search_seconds": time.perf_counter() - start, "finetune_seconds": finetune})
     shares = [row["search_seconds"] / row["finetune_seconds"] for row in rows]
     result = {

@@ -143,7 +143,7 @@ def search_all(model: Any, data: Data, settings: Settings, seed: int) -> dict[st
         if settings.methods and name not in settings.methods:
             continue
         source = permuted if name.endswith("-permuted") else data
-        found[name] = _search(model, source, settings, seed, method, options)
+        found[name] = search_one(model, source, settings, seed, method, options)
         if name in INVERTED:
             found[f"{name}-inverted"] = Found(gains=found[name].gains.inverted())
     for number in range(settings.random):
@@ -152,7 +152,7 @@ def search_all(model: Any, data: Data, settings: Settings, seed: int) -> dict[st
     return found
 
 
-def _search(
+def search_one(
     model: Any, data: Data, settings: Settings, seed: int, method: str, options: dict[str, Any]
 ) -> Found:
     start = time.process_time()
@@ -241,7 +241,9 @@ def _train_all(
     for _, group in itertools.groupby(order, key=lambda run: (run[0].steps, run[0].origin is None)):
         same = list(group)
         for start in range(0, len(same), settings.together):
-            yield from _train(model, data, settings, seed, same[start : start + settings.together], shapes)
+            yield from train_plans(
+                model, data, settings, seed, same[start : start + settings.together], shapes
+            )
 
 
 def plans_of(found: dict[str, Found], settings: Settings) -> Iterator[Plan]:
@@ -265,7 +267,7 @@ def plans_of(found: dict[str, Found], settings: Settings) -> Iterator[Plan]:
             )
 
 
-def _train(
+def train_plans(
     model: Any,
     data: Data,
     settings: Settings,

@@ -130,7 +130,7 @@ def _base(adapters: Sequence["Adapter"], labels: Sequence[str]) -> Deployment:
 def _packed(
     name: str, found: dict[str, list["Adapter"]], labels: Sequence[str], folder: Path, slots: int | None
 ) -> Deployment:
-    from lvnas.inspect import plan, read_shapes
+    from lvnas.inspect import adapter_shape, plan
     from lvnas.pack import PackOptions, pack
 
     which, layout = KINDS[name]
@@ -149,7 +149,7 @@ def _packed(
         for group, models in (groups or {None: known.adapters}).items()
     ]
     resident = manifest["serve"]["max_loras"]
-    layouts = plan(read_shapes(folder), len(adapters), resident)
+    layouts = plan([adapter_shape(adapter) for adapter in adapters], len(adapters), resident)
     return Deployment(
         name=name,
         engines=engines,
