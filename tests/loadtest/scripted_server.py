@@ -82,7 +82,7 @@ class Server:
         role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
         if not model.get("late_role"):
             self.event(writer, role)
-        writer.write(self.chunk(b": ping\n\n"))
+            writer.write(self.chunk(b": ping\n\n"))
         if model.get("serial"):
             async with self.one_at_a_time:
                 await asyncio.sleep(ttft)

@@ -23,7 +23,8 @@ def test_same_numbers_as_vllm_bench_serve(priority, serve, tmp_path):
     assert spec and spec.loader
     agreement = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(agreement)
-    # `vllm bench serve` takes the chunk with the role for the first token; vLLM sends the two together.
+    # `vllm bench serve` takes the chunk with the role for the first token; vLLM sends the two together. After an SSE
+    # comment (our ": ping", which vLLM does not send) it can lose a whole answer: late_role sends none.
     model = {"ttft": [0.1, 0.15, 0.3], "gap": [0.02, 0.03], "late_role": True}
     server = serve({"a": model, "b": model})
     load = Workload(
