@@ -48,13 +48,11 @@ class Settings:
     steps: int = 100
     """Training steps of a plan; those that inherit train as many fewer as their search took."""
     batch_size: int = 16
-    warm: int = 15
+    warm: int = 10
     """Training steps of every search."""
-    scoring: int = 8
-    """Scoring batches of `score`."""
     search_rate: float = 2e-2
     """Learning rate of every search."""
-    rates: list[float] = field(default_factory=lambda: [1.5e-2, 3e-2])
+    rates: list[float] = field(default_factory=lambda: [2.5e-2, 4.5e-2])
     """A plan's learning rates; the best on search-validation counts."""
     clip: float = 0.5
     """Highest norm of a plan's gradient: the base's first losses are high, and Adam would remember them."""
@@ -163,7 +161,7 @@ def search_one(
         batch_size=settings.batch_size,
         learning_rate=settings.search_rate,
         seed=seed,
-        options=options | ({"batches": settings.scoring} if method == "score" else {}),
+        options=options,
     )
     torch.manual_seed(seed)
     strategy = make_strategy(model, config)

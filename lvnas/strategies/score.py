@@ -1,19 +1,20 @@
-"""Our search: three independent looks at a short warm-up, multiplied.
+"""Our search: independent looks at a short warm-up, multiplied.
 
 Legend: N modules, K ranks in the space, R highest rank, M scoring batches of b examples, S warm-up steps.
 
-After the warm-up every update is rotated into its singular basis, largest first, so that a rank block is the
-block that a truncation to a lower rank takes away. A block's gain is the geometric mean of
+In the warm-up's update, in its singular basis, largest first, a rank block is what a truncation to a lower rank takes
+away. A block's gain is the geometric mean of
 
 - its size: the squared singular values that it holds;
-- its loss of removal: with the weights frozen and every gate at 1, the gradient of the search-validation loss in
-  the gates gives, to second order, L(gate 0) - L(gate 1) = -dL/dg + 1/2 F, with F the second moment of the gradient
-  over examples (the empirical Fisher information); a block that overshot (dL/dg > 0) has 1/2 F;
 - its descent: what the module's own steps in the warm-up took off the loss, the sum of -<gradient, step> with each
   step measured on the batch after it, which it has not seen; a block has its module's, in proportion to its size.
 
-Size is exact but does not know what matters. The other two know, are noisy, and err differently: one looks at the
-end of the warm-up, the other at the way there.
+Size is exact but does not know what matters. Descent knows, is noisy, and needs nothing but the warm-up. On request
+a third look takes scoring passes after the warm-up:
+
+- the loss of removal: with the weights frozen and every gate at 1, the gradient of the search-validation loss in
+  the gates gives, to second order, L(gate 0) - L(gate 1) = -dL/dg + 1/2 F, with F the second moment of the gradient
+  over examples (the empirical Fisher information); a block that overshot (dL/dg > 0) has 1/2 F.
 """
 
 from dataclasses import dataclass
@@ -27,33 +28,35 @@ from lvnas.errors import InputError, unknown
 from lvnas.strategies.base import Gains, SearchConfig, Stream
 from lvnas.strategies.warm import WarmStrategy
 
-COMBINE = ("all", "size", "removal", "descent")
+PARTS = ("size", "descent", "removal")
 FLOOR = 0.1
 """Of a module's descent, in standard errors: noise must not take all ranks from it."""
 TINY = 1e-30
 
 
 class Score(WarmStrategy):
-    """Warm-up steps on train, then one backward pass per scoring batch on search-validation."""
+    """Warm-up steps on train; then, for `removal`, one backward pass per scoring batch on search-validation."""
 
     name = "score"
 
     @dataclass(kw_only=True, slots=True)
     class Options:
+        combine: str = "size+descent"
+        """The parts of the geometric mean: any of PARTS, joined by +."""
         batches: int = 8
-        """Scoring batches."""
-        combine: str = "all"
-        """`all`: the geometric mean; or one of the three alone."""
+        """Scoring batches of `removal`."""
 
     def __init__(self, model: nn.Module, config: SearchConfig) -> None:
         super().__init__(model, config)
-        if self.options.combine not in COMBINE:
-            raise unknown("combine", self.options.combine, COMBINE)
+        self.parts = self.options.combine.split("+")
+        for part in self.parts:
+            if part not in PARTS:
+                raise unknown("part of combine", part, PARTS)
         if self.options.batches < 3:
             raise InputError(
                 f"batches={self.options.batches}: a variance and its error need at least 3 batches"
             )
-        self.steps = config.steps + self.options.batches
+        self.steps = config.steps + ("removal" in self.parts) * self.options.batches
         self.sigma: torch.Tensor | None = None
         self.gradients: list[torch.Tensor] = []
         self.descents: list[torch.Tensor] = []
@@ -86,25 +89,25 @@ class Score(WarmStrategy):
         return loss
 
     def gains(self) -> Gains:
-        assert self.sigma is not None, "the warm-up is over"
-        size = self.blocks(self.sigma.double() ** 2)
-        removal, error = removal_gains(torch.stack(self.gradients).numpy(), self.config.batch_size)
-        descent = self._descent()[:, None] * size / np.maximum(size.sum(axis=1, keepdims=True), TINY)
-        if self.options.combine == "size":
-            return self.make_gains(size)
-        if self.options.combine == "removal":
-            return self.make_gains(removal, error)
-        if self.options.combine == "descent":
-            return self.make_gains(descent)
-        middle, low, high = (
-            np.cbrt(size * descent * np.maximum(removal + sign * error, 0.0)) for sign in (0, -1, 1)
-        )
-        return self.make_gains(middle, (high - low) / 2)
+        sigma = self.singular_values() if self.sigma is None else self.sigma
+        size = self.blocks(sigma.double() ** 2)
+        share = size / np.maximum(size.sum(axis=1, keepdims=True), TINY)
+        descent, noise = self._descent()
+        looks = {"size": (size, np.zeros_like(size))}
+        looks["descent"] = (share * descent[:, None], share * noise[:, None])
+        if "removal" in self.parts:
+            looks["removal"] = removal_gains(torch.stack(self.gradients).numpy(), self.config.batch_size)
+        values, errors = (np.stack(both) for both in zip(*(looks[part] for part in self.parts), strict=True))
+        power = 1 / len(self.parts)
+        mean = np.prod(values**power, axis=0)
+        relative = np.where(values > 0, errors / np.maximum(values, TINY), 0.0)
+        return self.make_gains(mean, mean * power * np.sqrt((relative**2).sum(axis=0)))
 
-    def _descent(self) -> np.ndarray:
-        """Descent of each module over the warm-up [N], FLOOR standard errors or more."""
+    def _descent(self) -> tuple[np.ndarray, np.ndarray]:
+        """Descent of each module over the warm-up, FLOOR standard errors or more; and that error, [N] each."""
         steps = torch.stack(self.descents[1:] or self.descents).numpy()  # nothing came before the first
-        return np.maximum(steps.sum(axis=0), FLOOR * steps.std(axis=0) * len(steps) ** 0.5)
+        error = steps.std(axis=0) * len(steps) ** 0.5
+        return np.maximum(steps.sum(axis=0), FLOOR * error), error
 
     def state(self) -> dict[str, Any]:
         return super().state() | {

@@ -21,7 +21,7 @@ METHODS = ("score", "darts", "svd", "adalora", "eva")
 
 
 def run(method: str, out: Path) -> None:
-    options = {"batches": 4} if method == "score" else {}
+    options = {"batches": 4, "combine": "size+descent+removal"} if method == "score" else {}
     config = SearchConfig(
         method=method, ranks=SPACE, steps=6, batch_size=2, learning_rate=1e-2, options=options
     )

@@ -16,7 +16,7 @@ TRAINED = ("darts", "score", "svd", "adalora", "eva")
 
 
 def config(method, **changes):
-    options = {"batches": 4} if method == "score" else {}
+    options = {"batches": 4, "combine": "size+descent+removal"} if method == "score" else {}
     settings = {"ranks": SPACE, "steps": 5, "batch_size": 2, "learning_rate": 1e-2, "options": options}
     return SearchConfig(method=method, **(settings | changes))
 
@@ -162,7 +162,7 @@ def test_bad_input():
         ({"method": "darts", "options": {"batches": 3}}, "has no option 'batches'; allowed: alpha_rate"),
         ({"method": "darts", "options": {"alpha_rate": "fast"}}, "expected float"),
         ({"method": "score", "options": {"batches": 1}}, "at least 3"),
-        ({"method": "score", "options": {"combine": "sum"}}, "allowed: all, size, removal, descent"),
+        ({"method": "score", "options": {"combine": "sum"}}, "allowed: size, descent, removal"),
         ({"method": "svd", "targets": "c_attn"}, "match no linear module"),
         ({"method": "svd", "ranks": [4]}, "two or more"),
     ):

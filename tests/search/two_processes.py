@@ -31,7 +31,7 @@ class Stream:
 
 
 def searched(method, seed, state=None, poison=None):
-    options = {"batches": 4} if method == "score" else {}
+    options = {"batches": 4, "combine": "size+descent+removal"} if method == "score" else {}
     config = SearchConfig(
         method=method, ranks=SPACE, steps=6, batch_size=4, learning_rate=1e-2, options=options
     )
