@@ -3,7 +3,7 @@
     python benchmarks/loadtest/agreement.py URL --tokenizer BASE_FOLDER --models a,b --out FILE
 
 Both send the same texts, the same number of them at once, to the adapters in turn, and want answers of the same
-length.
+length. A first round warms the server up and does not count.
 """
 
 import argparse
@@ -65,10 +65,10 @@ def main() -> None:
     options = parser.parse_args()
     rounds = []
     with tempfile.TemporaryDirectory() as temporary:
-        for number in range(options.rounds):
+        for number in range(-1, options.rounds):
             load = Workload(
                 url=options.url, adapters=options.models.split(","), users=options.users, requests=options.requests,
-                popularity="distinct", image_share=0.0, prompt_tokens="48", output_tokens="32", seed=number,
+                popularity="distinct", image_share=0.0, prompt_tokens="48", output_tokens="32", seed=number + 1,
             )  # fmt: skip
             folder = Path(temporary)
             turns = {
@@ -77,6 +77,8 @@ def main() -> None:
             }
             order = list(turns) if number % 2 == 0 else list(turns)[::-1]
             results = {name: turns[name]() for name in order}
+            if number < 0:
+                continue
             rounds.append({name: {field: float(results[name][field]) for field in FIELDS} for name in turns})
             print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
     ratios = {

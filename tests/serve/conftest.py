@@ -14,6 +14,8 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the sampler's small compile
 
 from checkpoints import make_adapter, make_checkpoint
 
+from lvnas.bases import resolve
+
 EVERYTHING = r".*(vision_model|language_model).*\.([qkvo]_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
 VISION = r"model\.vision_model.*\.([qkvo]_proj|fc1|fc2)"
 CROSS_KV = r".*cross_attn\.[kv]_proj"
@@ -48,13 +50,17 @@ LIMITS = {"max_model_len": 256, "max_num_seqs": 8, "limit_mm_per_prompt": {"imag
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint, or the base that LVNAS_TEST_BASE names."""
+    if base := os.environ.get("LVNAS_TEST_BASE"):
+        return Path(resolve(base))
     return make_checkpoint(tmp_path_factory.mktemp("serve") / "base")
 
 
 @pytest.fixture(scope="session")
-def adapters(checkpoint: Path) -> dict[str, Path]:
+def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
     return {
-        name: make_adapter(checkpoint, checkpoint.parent / name, seed, **spec)
+        name: make_adapter(checkpoint, folder / name, seed, **spec)
         for seed, (name, spec) in enumerate(ADAPTERS.items(), start=1)
     }
 
@@ -72,4 +78,9 @@ def engine(checkpoint: Path, adapters: dict[str, Path]) -> Iterator:
     from served import Engine
 
     lora = {"enable_lora": True, "max_loras": 3, "max_cpu_loras": 4, "max_lora_rank": 16}
-    yield Engine(checkpoint, adapters, dtype=DTYPE, **lora, **LIMITS)
+    engine = Engine(checkpoint, adapters, dtype=DTYPE, **lora, **LIMITS)
+    has_arena = engine.llm.collective_rpc(
+        lambda worker: hasattr(worker.model_runner.lora_manager._adapter_manager, "arena")
+    )
+    assert has_arena == [os.environ.get("LVNAS_RAGGED") == "1"], "the other LoRA manager runs"
+    yield engine
