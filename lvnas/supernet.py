@@ -140,21 +140,24 @@ class Supernet:
         return torch.stack([row.float().cpu() for row in rows])
 
     @torch.no_grad()
-    def rotate_to_svd(self) -> Tensor:
-        """Rewrites each A, B in the singular basis of B A, largest first, B A unchanged (gates must be 1).
+    def svd_gradients(self) -> tuple[Tensor, Tensor]:
+        """What each singular direction of the updates s * B A holds, and what the loss says of it.
+
+        In the singular basis B A = U S V^T a gate g_i scales sigma_i u_i v_i^T. Scaling A along v_i does the same,
+        so that dL/dg_i = <A v_i, dL/dA v_i> at g = 1: the last backward pass of plain LoRA holds it.
 
         Returns:
-            The singular values of every update s * B A, [N, R], float32.
+            The singular values, and dL/dg, [N, R] each, largest first, float32 on the CPU. A module that the
+            batch did not reach has gradient 0.
         """
-        values = []
+        values, gradients = [], []
         for name in self.shapes:
             a, b = self.matrices(name)
-            new_b, sigma, new_a = factor(b, a)
-            root = sigma.sqrt()
-            a.copy_(root[:, None] * new_a)
-            b.copy_(new_b * root)
+            _, sigma, vt = factor(b, a)
+            grad = torch.zeros_like(a) if a.grad is None else a.grad
             values.append((self.scale * sigma).float().cpu())
-        return torch.stack(values)
+            gradients.append(((a.to(vt) @ vt.T) * (grad.to(vt) @ vt.T)).sum(dim=0).float().cpu())
+        return torch.stack(values), torch.stack(gradients)
 
     def close(self) -> nn.Module:
         """Takes hooks and adapter off again and returns the base model."""

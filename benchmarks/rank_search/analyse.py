@@ -3,8 +3,9 @@
     python benchmarks/rank_search/analyse.py benchmarks/results/rank_search/confirm-* --plots docs/images \
         --page docs/search.md
 
-Of a plan's learning rates the one with the best search-validation loss counts; all comparisons are paired within a
-cell (task, seed, budget); intervals are 95% percentile bootstraps that draw tasks first, then cells within a task.
+A plan's loss is the mean of its repeats; of its learning rates the one with the best search-validation loss counts. All
+comparisons are paired within a cell (task, seed, budget); intervals are 95% percentile bootstraps that draw tasks
+first, then cells within a task.
 """
 
 import argparse
@@ -34,13 +35,18 @@ Cells = dict[tuple[str, int, float], dict[tuple[str, str], dict]]
 
 
 def read_rows(folders: Iterable[Path]) -> Cells:
-    """(task, seed, budget) -> (method, start) -> the row at its best learning rate."""
-    cells: Cells = defaultdict(dict)
+    """(task, seed, budget) -> (method, start) -> the row at its best learning rate, losses averaged over repeats."""
+    repeats: dict[tuple, list[dict]] = defaultdict(list)
     for folder in folders:
         for row in map(json.loads, (folder / "rows.jsonl").read_text().splitlines()):
-            cell, key = cells[row["task"], row["seed"], row["budget"]], (row["method"], row["start"])
-            if key not in cell or row["validation"] < cell[key]["validation"]:
-                cell[key] = row
+            cell = row["task"], row["seed"], row["budget"]
+            repeats[cell, (row["method"], row["start"]), row["rate"]].append(row)
+    cells: Cells = defaultdict(dict)
+    for (cell, key, _), rows in repeats.items():
+        mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("validation", "test")}
+        best = cells[cell].get(key)
+        if best is None or mean["validation"] < best["validation"]:
+            cells[cell][key] = rows[0] | mean
     return cells
 
 

@@ -48,12 +48,15 @@ class Settings:
     steps: int = 100
     """Training steps of a plan; those that inherit train as many fewer as their search took."""
     batch_size: int = 16
-    warm: int = 10
+    warm: int = 13
     """Training steps of every search."""
     search_rate: float = 2e-2
     """Learning rate of every search."""
-    rates: list[float] = field(default_factory=lambda: [2.5e-2, 4.5e-2])
+    rates: list[float] = field(default_factory=lambda: [1.5e-2, 2.5e-2, 4.5e-2])
     """A plan's learning rates; the best on search-validation counts."""
+    repeats: int = 2
+    """Trainings per plan and rate, each from another A and in another order; their mean counts. One is not enough: its
+    spread is as large as that between random plans."""
     clip: float = 0.5
     """Highest norm of a plan's gradient: the base's first losses are high, and Adam would remember them."""
     random: int = 20
@@ -195,7 +198,7 @@ class Plan:
 def run_cell(
     model: Any, data: Data, settings: Settings, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row per search; and one per budget, method, start and learning rate."""
+    """A row per search; and one per budget, method, start, learning rate and repeat."""
     torch.manual_seed(seed)
     found = search_all(model, data, settings, seed)
     searches = [
@@ -273,17 +276,31 @@ def train_plans(
     runs: Sequence[tuple[Plan, float]],
     shapes: dict[str, tuple[int, int]],
 ) -> Iterator[dict[str, Any]]:
-    """Trains (plan, rate) pairs of the same number of steps as one population."""
+    """Trains (plan, rate) pairs of the same number of steps as one population, `settings.repeats` times."""
+    for repeat in range(settings.repeats):
+        yield from _train_once(model, data, settings, seed, runs, shapes, repeat)
+
+
+def _train_once(
+    model: Any,
+    data: Data,
+    settings: Settings,
+    seed: int,
+    runs: Sequence[tuple[Plan, float]],
+    shapes: dict[str, tuple[int, int]],
+    repeat: int,
+) -> Iterator[dict[str, Any]]:
     began = time.process_time()
     steps = runs[0][0].steps
+    start = seed + repeat * 2**31
     population = Population(
         model,
         [plan.ranks for plan, _ in runs],
         [rate for _, rate in runs],
-        seed=seed,
+        seed=start,
         starts=[plan.origin.update if plan.origin else None for plan, _ in runs],
     )
-    stream = data.stream("train", seed + 1)
+    stream = data.stream("train", start + 1)
     for index in range(steps):
         rate = min(1.0, (index + 1) / 5) * (1 - index / steps)
         population.step(stream[index][0], rate, settings.clip)
@@ -298,6 +315,7 @@ def train_plans(
             "method": plan.method,
             "start": plan.start,
             "rate": rate,
+            "repeat": repeat,
             "steps": steps,
             "validation": round(validation[place], 5),
             "test": round(test[place], 5),

@@ -1,20 +1,20 @@
-"""Our search: independent looks at a short warm-up, multiplied.
+"""Our search: three independent looks at a short warm-up, multiplied.
 
-Legend: N modules, K ranks in the space, R highest rank, M scoring batches of b examples, S warm-up steps.
+Legend: N modules, K ranks in the space, R highest rank, S warm-up steps of b examples.
 
-In the warm-up's update, in its singular basis, largest first, a rank block is what a truncation to a lower rank takes
+In the singular basis of the warm-up's update, largest first, a rank block is what a truncation to a lower rank takes
 away. A block's gain is the geometric mean of
 
 - its size: the squared singular values that it holds;
-- its descent: what the module's own steps in the warm-up took off the loss, the sum of -<gradient, step> with each
-  step measured on the batch after it, which it has not seen; a block has its module's, in proportion to its size.
+- its descent: what the module's own steps took off the loss, the sum of -<gradient, step> with each step measured on
+  the batch after it, which it has not seen; a block has its module's, in proportion to its size;
+- its loss of removal: the gradient of the loss in a gate on the block gives, to second order,
+  L(gate 0) - L(gate 1) = -dL/dg + 1/2 F, with F the second moment of the gradient over examples (the empirical Fisher
+  information); a block that overshot (dL/dg > 0) has 1/2 F. It is measured in the second half of the warm-up, on each
+  batch before its step.
 
-Size is exact but does not know what matters. Descent knows, is noisy, and needs nothing but the warm-up. On request
-a third look takes scoring passes after the warm-up:
-
-- the loss of removal: with the weights frozen and every gate at 1, the gradient of the search-validation loss in
-  the gates gives, to second order, L(gate 0) - L(gate 1) = -dL/dg + 1/2 F, with F the second moment of the gradient
-  over examples (the empirical Fisher information); a block that overshot (dL/dg > 0) has 1/2 F.
+Size is exact but does not know what matters. The other two know, are noisy, and err differently: one looks at the
+whole way, the other at its end. All three come from the warm-up's own gradients; no pass is added.
 """
 
 from dataclasses import dataclass
@@ -25,26 +25,26 @@ import torch
 from torch import nn
 
 from lvnas.errors import InputError, unknown
-from lvnas.strategies.base import Gains, SearchConfig, Stream
+from lvnas.strategies.base import Gains, SearchConfig
 from lvnas.strategies.warm import WarmStrategy
 
 PARTS = ("size", "descent", "removal")
 FLOOR = 0.1
 """Of a module's descent, in standard errors: noise must not take all ranks from it."""
+LEAST_STEPS = 5
+"""Removal's variance and its error need at least 3 batches, half of the steps."""
 TINY = 1e-30
 
 
 class Score(WarmStrategy):
-    """Warm-up steps on train; then, for `removal`, one backward pass per scoring batch on search-validation."""
+    """Looks at every step of the warm-up."""
 
     name = "score"
 
     @dataclass(kw_only=True, slots=True)
     class Options:
-        combine: str = "size+descent"
+        combine: str = "size+descent+removal"
         """The parts of the geometric mean: any of PARTS, joined by +."""
-        batches: int = 8
-        """Scoring batches of `removal`."""
 
     def __init__(self, model: nn.Module, config: SearchConfig) -> None:
         super().__init__(model, config)
@@ -52,19 +52,17 @@ class Score(WarmStrategy):
         for part in self.parts:
             if part not in PARTS:
                 raise unknown("part of combine", part, PARTS)
-        if self.options.batches < 3:
-            raise InputError(
-                f"batches={self.options.batches}: a variance and its error need at least 3 batches"
-            )
-        self.steps = config.steps + ("removal" in self.parts) * self.options.batches
-        self.sigma: torch.Tensor | None = None
+        if config.steps < LEAST_STEPS:
+            raise InputError(f"steps={config.steps}: score needs at least {LEAST_STEPS}")
         self.gradients: list[torch.Tensor] = []
         self.descents: list[torch.Tensor] = []
 
     def observe(self) -> None:
-        """What the last step took off this batch's loss, [N], to first order."""
+        """The two looks at this step's gradients."""
         parts = [self._product(a) + self._product(b) for a, b in map(self.net.matrices, self.shapes)]
         self.descents.append(torch.stack(parts).double().cpu())
+        if 2 * len(self.descents) > self.config.steps:
+            self.gradients.append(torch.from_numpy(self.blocks(self.net.svd_gradients()[1])))
 
     def _product(self, weight: nn.Parameter) -> torch.Tensor:
         """-<gradient, last step> of one matrix; the step from Adam's moments, so that no copy is kept."""
@@ -76,31 +74,19 @@ class Score(WarmStrategy):
         root = (moments["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
         return group["lr"] * (weight.grad * (moments["exp_avg"] / first) / root).sum().float()
 
-    def step(self, index: int, train: Stream, search: Stream) -> float:
-        if index < self.config.steps:
-            return super().step(index, train, search)
-        if self.sigma is None:
-            self.sigma = self.net.rotate_to_svd()
-        for weight in self.net.weights():
-            weight.requires_grad_(False)
-        loss = self.backward("search", search[index - self.config.steps])
-        gradients = self.net.take_gate_gradients()
-        self.gradients.append(torch.from_numpy(self.blocks(gradients)))
-        return loss
-
     def gains(self) -> Gains:
-        sigma = self.singular_values() if self.sigma is None else self.sigma
-        size = self.blocks(sigma.double() ** 2)
+        size = self.blocks(self.singular_values().double() ** 2)
         share = size / np.maximum(size.sum(axis=1, keepdims=True), TINY)
         descent, noise = self._descent()
-        looks = {"size": (size, np.zeros_like(size))}
-        looks["descent"] = (share * descent[:, None], share * noise[:, None])
-        if "removal" in self.parts:
-            looks["removal"] = removal_gains(torch.stack(self.gradients).numpy(), self.config.batch_size)
+        looks = {
+            "size": (size, np.zeros_like(size)),
+            "descent": (share * descent[:, None], share * noise[:, None]),
+            "removal": removal_gains(torch.stack(self.gradients).numpy(), self.config.batch_size),
+        }
         values, errors = (np.stack(both) for both in zip(*(looks[part] for part in self.parts), strict=True))
         power = 1 / len(self.parts)
         mean = np.prod(values**power, axis=0)
-        relative = np.where(values > 0, errors / np.maximum(values, TINY), 0.0)
+        relative = errors / np.maximum(values, TINY)
         return self.make_gains(mean, mean * power * np.sqrt((relative**2).sum(axis=0)))
 
     def _descent(self) -> tuple[np.ndarray, np.ndarray]:
@@ -110,16 +96,11 @@ class Score(WarmStrategy):
         return np.maximum(steps.sum(axis=0), FLOOR * error), error
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {
-            "sigma": self.sigma,
-            "gradients": self.gradients,
-            "descents": self.descents,
-        }
+        return super().state() | {"gradients": self.gradients, "descents": self.descents}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        self.sigma, self.gradients = state["sigma"], list(state["gradients"])
-        self.descents = list(state["descents"])
+        self.gradients, self.descents = list(state["gradients"]), list(state["descents"])
 
 
 def removal_gains(gradients: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

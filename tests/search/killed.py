@@ -21,10 +21,7 @@ METHODS = ("score", "darts", "svd", "adalora", "eva")
 
 
 def run(method: str, out: Path) -> None:
-    options = {"batches": 4, "combine": "size+descent+removal"} if method == "score" else {}
-    config = SearchConfig(
-        method=method, ranks=SPACE, steps=6, batch_size=2, learning_rate=1e-2, options=options
-    )
+    config = SearchConfig(method=method, ranks=SPACE, steps=6, batch_size=2, learning_rate=1e-2)
     search.run(models.mllama(), Stream(0), Stream(100), config, out, save_every=1)
 
 

@@ -44,8 +44,8 @@ def test_nan_in_one_process_stops_both_and_both_resume(found):
 
 @pytest.mark.full
 def test_the_command_line_under_torchrun(raw_tiny, tmp_path):
-    arguments = ["search", "codewords", "--base", raw_tiny, "--method", "score", "--option", "batches=3"]
-    arguments += ["--steps", "2", "--batch-size", "4", "--targets", "qk", "--ranks", "0,2,4", "--ratio", "2"]
+    arguments = ["search", "codewords", "--base", raw_tiny, "--method", "score"]
+    arguments += ["--steps", "5", "--batch-size", "4", "--targets", "qk", "--ranks", "0,2,4", "--ratio", "2"]
     command = [*TORCHRUN, "-m", "lvnas", *arguments, "--out", tmp_path / "out", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr

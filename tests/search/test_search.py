@@ -16,8 +16,7 @@ TRAINED = ("darts", "score", "svd", "adalora", "eva")
 
 
 def config(method, **changes):
-    options = {"batches": 4, "combine": "size+descent+removal"} if method == "score" else {}
-    settings = {"ranks": SPACE, "steps": 5, "batch_size": 2, "learning_rate": 1e-2, "options": options}
+    settings = {"ranks": SPACE, "steps": 5, "batch_size": 2, "learning_rate": 1e-2}
     return SearchConfig(method=method, **(settings | changes))
 
 
@@ -66,7 +65,7 @@ def fitted(settings, path=None, train=TRAIN, held_out=SEARCH):
 def test_interrupted_anywhere_resumes_bit_identically(method, tmp_path):
     losses, gains, update = fitted(config(method))
     stops = [{"train": Stopping(0, last)} for last in (1, 4)]
-    if method in ("darts", "score"):
+    if method == "darts":
         stops += [{"held_out": Stopping(100, last)} for last in (0, 2)]
     for number, stop in enumerate(stops):
         path = tmp_path / f"{number}.pt"
@@ -161,7 +160,7 @@ def test_bad_input():
         ({"method": "dart"}, "unknown method 'dart'; allowed: darts, score"),
         ({"method": "darts", "options": {"batches": 3}}, "has no option 'batches'; allowed: alpha_rate"),
         ({"method": "darts", "options": {"alpha_rate": "fast"}}, "expected float"),
-        ({"method": "score", "options": {"batches": 1}}, "at least 3"),
+        ({"method": "score", "steps": 4}, "steps=4: score needs at least 5"),
         ({"method": "score", "options": {"combine": "sum"}}, "allowed: size, descent, removal"),
         ({"method": "svd", "targets": "c_attn"}, "match no linear module"),
         ({"method": "svd", "ranks": [4]}, "two or more"),

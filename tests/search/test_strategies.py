@@ -141,7 +141,7 @@ def test_score_finds_the_module_that_the_loss_needs():
             labels[:, 4:] = answers[:, 3:-1]
             return batch | {"labels": labels}, [index]
 
-    settings = config("score", steps=40, learning_rate=1e-2, batch_size=16, options={"batches": 8})
+    settings = config("score", steps=40, learning_rate=1e-2, batch_size=16)
     _, gains, _ = fitted(settings, train=Taught(0), held_out=Taught(500))
     order = np.argsort(-gains.totals()[:, 1] / gains.parameters()[:, 1])
     place = [list(gains.shapes)[i] for i in order].index(name)

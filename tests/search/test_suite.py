@@ -15,6 +15,7 @@ SETTINGS = {
     "steps": 30,
     "random": 2,
     "rates": [0.02],
+    "repeats": 2,
     "examples": {"train": 480, "search": 128, "test": 64},
 }
 

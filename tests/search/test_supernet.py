@@ -171,17 +171,21 @@ def test_half_precision_base():
     assert all(weight.grad.dtype == torch.float32 for weight in net.weights())
 
 
-def test_rotation_keeps_the_update_and_sorts_it():
+def test_svd_gradients_are_those_of_gates_in_the_singular_basis():
     net = Supernet(models.mllama().double(), "all", [4, 64], scale=2.0)
     random_lora(net)
-    before = {name: b @ a for name in net.shapes for a, b in [net.matrices(name)]}
-    sigma = net.rotate_to_svd()
-    for row, (name, update) in zip(sigma, before.items(), strict=True):
-        a, b = net.matrices(name)
-        torch.testing.assert_close(b @ a, update)
-        expected = torch.linalg.svdvals(2.0 * update)
-        torch.testing.assert_close(row[: expected.numel()].double(), expected[:64], rtol=1e-5, atol=1e-5)
-    assert (sigma.diff(dim=1) <= 1e-6).all()
+    net.loss(models.mllama_batch()).backward()
+    sigma, found = net.svd_gradients()
+    expected = [torch.linalg.svdvals(2.0 * b @ a) for a, b in map(net.matrices, net.shapes)]
+    net.take_gate_gradients()
+    for a, b in map(net.matrices, net.shapes):
+        u, s, vt = factor(b.detach(), a.detach())
+        a.data, b.data = s.sqrt()[:, None] * vt, u * s.sqrt()
+    net.loss(models.mllama_batch()).backward()
+    torch.testing.assert_close(found, net.take_gate_gradients(), rtol=1e-4, atol=1e-6)
+    for row, values in zip(sigma, expected, strict=True):
+        torch.testing.assert_close(row[: values.numel()].double(), values[:64], rtol=1e-5, atol=1e-5)
+    assert (sigma.diff(dim=1) <= 1e-6).all() and found.abs().sum(dim=1).min() > 0
 
 
 def test_factor_of_shapes_smaller_than_the_rank():

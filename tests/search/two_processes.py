@@ -31,10 +31,7 @@ class Stream:
 
 
 def searched(method, seed, state=None, poison=None):
-    options = {"batches": 4, "combine": "size+descent+removal"} if method == "score" else {}
-    config = SearchConfig(
-        method=method, ranks=SPACE, steps=6, batch_size=4, learning_rate=1e-2, options=options
-    )
+    config = SearchConfig(method=method, ranks=SPACE, steps=6, batch_size=4, learning_rate=1e-2)
     torch.manual_seed(seed)
     strategy = make_strategy(models.mllama(), config)
     losses = search.fit(strategy, Stream(0, poison), Stream(100), state_path=state, save_every=2)
