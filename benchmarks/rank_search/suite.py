@@ -48,7 +48,7 @@ class Settings:
     steps: int = 100
     """Training steps of a plan; those that inherit train as many fewer as their search took."""
     batch_size: int = 16
-    warm: int = 13
+    warm: int = 12
     """Training steps of every search."""
     search_rate: float = 2e-2
     """Learning rate of every search."""
