@@ -140,24 +140,32 @@ class Supernet:
         return torch.stack([row.float().cpu() for row in rows])
 
     @torch.no_grad()
-    def svd_gradients(self) -> tuple[Tensor, Tensor]:
-        """What each singular direction of the updates s * B A holds, and what the loss says of it.
+    def rank_gradients(self) -> Tensor:
+        """K = dL/dA A^T of every module, [N, R, R] on the CPU: how the last backward pass would change the mixture of
+        its rank dimensions. A module that the batch did not reach has zeros.
 
-        In the singular basis B A = U S V^T a gate g_i scales sigma_i u_i v_i^T. Scaling A along v_i does the same,
-        so that dL/dg_i = <A v_i, dL/dA v_i> at g = 1: the last backward pass of plain LoRA holds it.
-
-        Returns:
-            The singular values, and dL/dg, [N, R] each, largest first, float32 on the CPU. A module that the
-            batch did not reach has gradient 0.
+        In any other basis of the rank dimensions, A' = T^-1 A and B' = B T, a gate on dimension i has the gradient
+        (T^T K T^-T)_ii at g = 1: plain LoRA's own gradients hold it, without gates.
         """
-        values, gradients = [], []
+        products = []
         for name in self.shapes:
-            a, b = self.matrices(name)
-            _, sigma, vt = factor(b, a)
+            a, _ = self.matrices(name)
             grad = torch.zeros_like(a) if a.grad is None else a.grad
-            values.append((self.scale * sigma).float().cpu())
-            gradients.append(((a.to(vt) @ vt.T) * (grad.to(vt) @ vt.T)).sum(dim=0).float().cpu())
-        return torch.stack(values), torch.stack(gradients)
+            products.append((grad.float() @ a.float().T).cpu())
+        return torch.stack(products)
+
+    @torch.no_grad()
+    def svd_gates(self, products: Tensor) -> Tensor:
+        """dL/dg [..., N, R] of gates in the singular basis of the updates B A, of `rank_gradients` [..., N, R, R].
+
+        With B A = U S V^T, T is A V up to a scale of its columns, which cancels.
+        """
+        rows = []
+        for n, name in enumerate(self.shapes):
+            a, b = (matrix.float() for matrix in self.matrices(name))
+            t = (a @ factor(b, a)[2].T).cpu()
+            rows.append(((t.T @ products[..., n, :, :]) * torch.linalg.pinv(t)).sum(dim=-1))
+        return torch.stack(rows, dim=-2)
 
     def close(self) -> nn.Module:
         """Takes hooks and adapter off again and returns the base model."""

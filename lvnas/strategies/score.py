@@ -11,7 +11,7 @@ away. A block's gain is the geometric mean of
 - its loss of removal: the gradient of the loss in a gate on the block gives, to second order,
   L(gate 0) - L(gate 1) = -dL/dg + 1/2 F, with F the second moment of the gradient over examples (the empirical Fisher
   information); a block that overshot (dL/dg > 0) has 1/2 F. It is measured in the second half of the warm-up, on each
-  batch before its step.
+  batch before its step, at most MOST_BATCHES.
 
 Size is exact but does not know what matters. The other two know, are noisy, and err differently: one looks at the
 whole way, the other at its end. All three come from the warm-up's own gradients; no pass is added.
@@ -33,6 +33,8 @@ FLOOR = 0.1
 """Of a module's descent, in standard errors: noise must not take all ranks from it."""
 LEAST_STEPS = 5
 """Removal's variance and its error need at least 3 batches, half of the steps."""
+MOST_BATCHES = 16
+"""For removal; each keeps N R^2 numbers."""
 TINY = 1e-30
 
 
@@ -54,15 +56,16 @@ class Score(WarmStrategy):
                 raise unknown("part of combine", part, PARTS)
         if config.steps < LEAST_STEPS:
             raise InputError(f"steps={config.steps}: score needs at least {LEAST_STEPS}")
-        self.gradients: list[torch.Tensor] = []
+        self.products: list[torch.Tensor] = []
         self.descents: list[torch.Tensor] = []
 
     def observe(self) -> None:
         """The two looks at this step's gradients."""
         parts = [self._product(a) + self._product(b) for a, b in map(self.net.matrices, self.shapes)]
         self.descents.append(torch.stack(parts).double().cpu())
-        if 2 * len(self.descents) > self.config.steps:
-            self.gradients.append(torch.from_numpy(self.blocks(self.net.svd_gradients()[1])))
+        left = self.config.steps - len(self.descents)
+        if 2 * left < self.config.steps and left < MOST_BATCHES:
+            self.products.append(self.net.rank_gradients())
 
     def _product(self, weight: nn.Parameter) -> torch.Tensor:
         """-<gradient, last step> of one matrix; the step from Adam's moments, so that no copy is kept."""
@@ -78,10 +81,11 @@ class Score(WarmStrategy):
         size = self.blocks(self.singular_values().double() ** 2)
         share = size / np.maximum(size.sum(axis=1, keepdims=True), TINY)
         descent, noise = self._descent()
+        gradients = self.blocks(self.net.svd_gates(torch.stack(self.products)))
         looks = {
             "size": (size, np.zeros_like(size)),
             "descent": (share * descent[:, None], share * noise[:, None]),
-            "removal": removal_gains(torch.stack(self.gradients).numpy(), self.config.batch_size),
+            "removal": removal_gains(gradients, self.config.batch_size),
         }
         values, errors = (np.stack(both) for both in zip(*(looks[part] for part in self.parts), strict=True))
         power = 1 / len(self.parts)
@@ -96,11 +100,11 @@ class Score(WarmStrategy):
         return np.maximum(steps.sum(axis=0), FLOOR * error), error
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"gradients": self.gradients, "descents": self.descents}
+        return super().state() | {"products": self.products, "descents": self.descents}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        self.gradients, self.descents = list(state["gradients"]), list(state["descents"])
+        self.products, self.descents = list(state["products"]), list(state["descents"])
 
 
 def removal_gains(gradients: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -171,21 +171,19 @@ def test_half_precision_base():
     assert all(weight.grad.dtype == torch.float32 for weight in net.weights())
 
 
-def test_svd_gradients_are_those_of_gates_in_the_singular_basis():
-    net = Supernet(models.mllama().double(), "all", [4, 64], scale=2.0)
+def test_svd_gates_have_the_gradients_of_gates_in_the_singular_basis():
+    net = Supernet(models.mllama().double(), "all", [4, 8], scale=2.0)
     random_lora(net)
     net.loss(models.mllama_batch()).backward()
-    sigma, found = net.svd_gradients()
-    expected = [torch.linalg.svdvals(2.0 * b @ a) for a, b in map(net.matrices, net.shapes)]
+    found = net.svd_gates(torch.stack([net.rank_gradients(), 2 * net.rank_gradients()]))
+    torch.testing.assert_close(found[1], 2 * found[0])
     net.take_gate_gradients()
     for a, b in map(net.matrices, net.shapes):
         u, s, vt = factor(b.detach(), a.detach())
         a.data, b.data = s.sqrt()[:, None] * vt, u * s.sqrt()
     net.loss(models.mllama_batch()).backward()
-    torch.testing.assert_close(found, net.take_gate_gradients(), rtol=1e-4, atol=1e-6)
-    for row, values in zip(sigma, expected, strict=True):
-        torch.testing.assert_close(row[: values.numel()].double(), values[:64], rtol=1e-5, atol=1e-5)
-    assert (sigma.diff(dim=1) <= 1e-6).all() and found.abs().sum(dim=1).min() > 0
+    torch.testing.assert_close(found[0], net.take_gate_gradients(), rtol=1e-3, atol=1e-5)
+    assert found[0].abs().sum(dim=1).min() > 0
 
 
 def test_factor_of_shapes_smaller_than_the_rank():
