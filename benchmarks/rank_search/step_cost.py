@@ -3,7 +3,7 @@
     python benchmarks/rank_search/step_cost.py --out benchmarks/results/search_step_cost.json
 
 A step is forward, backward and optimiser, on the same batches. Columns: PEFT's own LoRA; a warm-up step of
-`score` (`svd`'s is the same); the two kinds of step of `darts` (a scoring step of `score` is one of alpha). Memory
+`score` in its first half, and in its second, which also looks at removal; the two kinds of step of `darts`. Memory
 is the peak of what PyTorch's allocator hands out during a step, above what is held before it.
 """
 
@@ -124,8 +124,10 @@ def search_steps(model: nn.Module, batches: list) -> Iterator[tuple[str, Step]]:
     stream = [(batch, [number]) for number, batch in enumerate(batches)] * 4096
     settings: Any = {"ranks": RANKS, "learning_rate": RATE, "steps": 1 << 13}
     darts = make_strategy(copy.deepcopy(model), SearchConfig(method="darts", **settings))
+    late = make_strategy(copy.deepcopy(model), SearchConfig(method="score", **settings | {"steps": 5}))
     score = make_strategy(model, SearchConfig(method="score", **settings))
-    yield "score warm-up", lambda index: score.step(index, stream, stream)
+    yield "score first half", lambda index: score.step(index, stream, stream)
+    yield "score second half", lambda index: late.step(index, stream, stream)  # its end is long past
     yield "darts weights", lambda index: darts.step(2 * index, stream, stream)
     yield "darts alpha", lambda index: darts.step(2 * index + 1, stream, stream)
 
@@ -205,7 +207,7 @@ def main() -> None:
             time_ratio = row["time / plain"]
             low, high = time_ratio["interval"]
             print(
-                f"{name:5} {column:14} {row['milliseconds']:8.1f} ms  x{time_ratio['median']:.3f} "
+                f"{name:5} {column:17} {row['milliseconds']:8.1f} ms  x{time_ratio['median']:.3f} "
                 f"[{low:.3f}, {high:.3f}]  peak {row['peak bytes'] / 1e6:8.1f} MB x{row['peak / plain']:.3f}",
                 flush=True,
             )
