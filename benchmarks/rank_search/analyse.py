@@ -46,7 +46,7 @@ def read_rows(folders: Iterable[Path]) -> Cells:
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("validation", "test")}
         best = cells[cell].get(key)
         if best is None or mean["validation"] < best["validation"]:
-            cells[cell][key] = rows[0] | mean
+            cells[cell][key] = rows[0] | mean | {"repeats": [row["test"] for row in rows]}
     return cells
 
 
@@ -107,6 +107,17 @@ def compare(cells: Cells, budget: float) -> list[dict]:
         entry["vs_uniform_by_task"] = {task: float(np.mean(values)) for task, values in by_task.items()}
         table.append(entry)
     return table
+
+
+def spread(cells: Cells, budget: float) -> tuple[float, float]:
+    """Standard deviation between the trainings of one random plan, and between random plans' means, over all cells."""
+    within, between = [], []
+    for key, cell in cells.items():
+        rows = [row for (method, _), row in cell.items() if method.startswith("random-")]
+        if key[2] == budget and rows:
+            within += [np.var(row["repeats"], ddof=1) for row in rows if len(row["repeats"]) > 1]
+            between.append(np.var([row["test"] for row in rows], ddof=1))
+    return float(np.mean(within or [np.nan]) ** 0.5), float(np.mean(between) ** 0.5)
 
 
 def against(cells: Cells, budget: float, other: str) -> tuple[float, float, float]:
@@ -209,7 +220,11 @@ def report(folders: list[Path]) -> str:
         parts += [goals.markdown(reached), markdown(table)]
         by_task = next(e for e in table if (e["method"], e["start"]) == ("score", "restart"))
         tasks = ", ".join(f"{task} {value:+.3f}" for task, value in by_task["vs_uniform_by_task"].items())
-        parts.append(f"`score` - uniform by task, both restarting: {tasks}.")
+        within, between = spread(cells, budget)
+        parts.append(
+            f"`score` - uniform by task, both restarting: {tasks}. Standard deviation between two trainings of one "
+            f"random plan {within:.3f}, between the random plans of a cell {between:.3f}."
+        )
     correlations = "; ".join(f"{m} {seeds:.2f} ({tasks:.2f})" for m, (seeds, tasks) in agreements.items())
     parts.append(
         f"Rank correlation of the modules' scores between seeds of a task (between tasks): {correlations}."

@@ -23,15 +23,16 @@ def conditioned_mllama():
     return model
 
 
+def search_planted(seed, method="score"):
+    def batch(index):
+        return models.mllama_batch(index, 8)
+
+    return planted(conditioned_mllama, batch, seed=seed, method=method, strength=0.3, rate=1e-2)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def result(request):
-    return planted(
-        conditioned_mllama,
-        lambda index: models.mllama_batch(index, 8),
-        seed=request.param,
-        strength=0.3,
-        rate=1e-2,
-    )
+    return search_planted(request.param)
 
 
 def test_planted_modules_have_the_higher_gains(result):
@@ -47,3 +48,17 @@ def test_the_found_plan_fits_like_the_planted_one(result):
 
 def test_inverted_gains_are_worse_than_every_random_plan(result):
     assert result["inverted"] > result["worst_random"]
+
+
+if __name__ == "__main__":  # the table of docs/search.md
+    import json
+
+    from lvnas.files import provenance
+
+    torch.set_num_threads(1)
+    rows = [
+        {"seed": seed, "method": method} | search_planted(seed, method)
+        for seed in (1, 2, 3, 4)
+        for method in ("score", "svd")
+    ]
+    print(json.dumps({"rows": rows, "provenance": provenance(threads=1)}, indent=1))
