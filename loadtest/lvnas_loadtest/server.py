@@ -4,6 +4,7 @@ import ipaddress
 import json
 import os
 import socket
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -72,11 +73,14 @@ def post(url: str, path: str, body: dict[str, Any]) -> str:
     """The answer to a JSON request.
 
     Raises:
-        OSError: no connection, or a status that is no success.
+        OSError: no connection, or a status that is no success, with what the server says.
     """
     request = urllib.request.Request(normal_url(url) + path, json.dumps(body).encode(), headers())
-    with _opener.open(request, timeout=TIMEOUT) as answer:
-        return answer.read().decode()
+    try:
+        with _opener.open(request, timeout=TIMEOUT) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:
+        raise OSError(f"{error}: {error.read(2000).decode(errors='replace')}") from None
 
 
 def scrape(url: str) -> str:

@@ -32,6 +32,11 @@ def test_what_is_not_a_size(text):
         capacity.parse_bytes(text)
 
 
+@pytest.fixture(autouse=True)
+def no_runtime_adapters(monkeypatch):
+    monkeypatch.delenv(capacity.RUNTIME, raising=False)
+
+
 def choose(slots, padded=9999):
     return capacity.choose(SITES, slots, 2, padded, PLACES.get)
 
@@ -48,6 +53,16 @@ def test_the_largest_adapters_of_the_pack(monkeypatch, tmp_path):
     assert choose(9).reserved
     monkeypatch.setenv(capacity.PACK, str(pack / "manifest.json"))
     assert choose(2).elements == sizes[1] + sizes[0]
+
+
+def test_the_largest_adapter_in_every_slot_where_adapters_come_and_go(monkeypatch, tmp_path):
+    monkeypatch.delenv(capacity.MEMORY, raising=False)
+    monkeypatch.setenv(capacity.PACK, str(write_pack(tmp_path, {"q": 8}, {"q": 4})))
+    assert choose(2).elements == 12 * Q
+    monkeypatch.setenv(capacity.RUNTIME, "True")
+    assert choose(2).elements == 16 * Q and choose(3).elements == 24 * Q
+    monkeypatch.setenv(capacity.MEMORY, "1MiB")
+    assert choose(2).elements == 2**19
 
 
 def test_bytes_win_when_they_can_hold_the_pack(monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from lvnas_vllm.ragged.arena import aligned
 from lvnas_vllm.ragged.layout import Site, plan
 
 MEMORY, PACK = "LVNAS_ADAPTER_MEMORY", "LVNAS_PACK"
+RUNTIME = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -78,6 +79,9 @@ def choose(
 ) -> Capacity:
     """The capacity for `slots` resident adapters: $LVNAS_ADAPTER_MEMORY, $LVNAS_PACK's largest, or `padded`.
 
+    A server that loads adapters at run time reserves the pack's largest adapter for every slot, so that any adapter of
+    that size can take the place of any other.
+
     Raises:
         InputError: the memory asked for cannot hold the pack's `slots` largest adapters.
     """
@@ -93,6 +97,8 @@ def choose(
                 "raise it or lower --max-loras"
             )
         return Capacity(elements, f"{MEMORY}={memory}", True)
+    if sizes and os.environ.get(RUNTIME, "").lower() in ("1", "true"):
+        return Capacity(slots * max(sizes), f"the largest adapter of {pack} in every slot", True)
     if pack:
         return Capacity(needed, f"the manifest of {pack}", True)
     return Capacity(padded, f"vLLM's padded size; give {PACK} or {MEMORY} to reserve less", False)
