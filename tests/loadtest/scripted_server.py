@@ -116,13 +116,15 @@ class Server:
             due += model["gap"][(turn * count + token) % len(model["gap"])]
         if fault != "no usage":
             self.event(writer, {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": count}})
-        writer.write(self.chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
-        self.running -= 1
         images = sum(part["type"] == "image_url" for part in body["messages"][0]["content"])
         text = "".join(part.get("text", "") for part in body["messages"][0]["content"])
         seen = {"model": name, "received": received, "sent": sent, "images": images, "text": text}
         seen |= {"max_tokens": count, "ignore_eos": body.get("ignore_eos", False)}
         self.log.write(json.dumps(seen) + "\n")
+        self.running -= 1
+        writer.write(
+            self.chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+        )  # last: whoever has it finds the log written
 
     def event(self, writer: asyncio.StreamWriter, value: dict) -> None:
         writer.write(self.chunk(CHUNK.format(json.dumps(value)).encode()))
