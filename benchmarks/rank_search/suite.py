@@ -241,10 +241,11 @@ def _train_all(
     order = sorted(runs, key=lambda run: (run[0].steps, run[0].origin is None, max(run[0].ranks.values())))
     for _, group in itertools.groupby(order, key=lambda run: (run[0].steps, run[0].origin is None)):
         same = list(group)
-        for start in range(0, len(same), settings.together):
-            yield from train_plans(
-                model, data, settings, seed, same[start : start + settings.together], shapes
-            )
+        for start, repeat in itertools.product(
+            range(0, len(same), settings.together), range(settings.repeats)
+        ):
+            part = same[start : start + settings.together]
+            yield from train_plans(model, data, settings, seed, part, shapes, repeat)
 
 
 def plans_of(found: dict[str, Found], settings: Settings) -> Iterator[Plan]:
@@ -275,21 +276,9 @@ def train_plans(
     seed: int,
     runs: Sequence[tuple[Plan, float]],
     shapes: dict[str, tuple[int, int]],
+    repeat: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Trains (plan, rate) pairs of the same number of steps as one population, `settings.repeats` times."""
-    for repeat in range(settings.repeats):
-        yield from _train_once(model, data, settings, seed, runs, shapes, repeat)
-
-
-def _train_once(
-    model: Any,
-    data: Data,
-    settings: Settings,
-    seed: int,
-    runs: Sequence[tuple[Plan, float]],
-    shapes: dict[str, tuple[int, int]],
-    repeat: int,
-) -> Iterator[dict[str, Any]]:
+    """Trains (plan, rate) pairs of the same number of steps as one population."""
     began = time.process_time()
     steps = runs[0][0].steps
     start = seed + repeat * 2**31
