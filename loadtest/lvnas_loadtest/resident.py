@@ -6,6 +6,7 @@ from typing import Any
 
 from lvnas.errors import InputError
 from lvnas.files import provenance, write_json
+from lvnas.sources import find_adapters
 from lvnas_loadtest.capacity import search
 from lvnas_loadtest.deployments import deployments
 from lvnas_loadtest.prompts import chat_body
@@ -38,6 +39,7 @@ def resident_capacity(
     """
     if not adapters:
         raise InputError("no adapters to serve; give some with --mixed or --uniform")
+    adapters = [str(adapter.folder.resolve()) for adapter in find_adapters(adapters)]
     tries: list[dict[str, Any]] = []
 
     def fits(count: float) -> bool:
