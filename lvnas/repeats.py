@@ -1,6 +1,6 @@
 """Searches of one task that differ in the seed alone: mean gains, and standard errors for every method.
 
-The error of a single search (the jackknife of `score`) knows the noise of its scoring batches; the spread over
+The error of a single search (of `score`) knows the noise of its batches; the spread over
 seeds also holds that of LoRA's start and of the order of training.
 """
 

@@ -194,12 +194,10 @@ def markdown(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def report(folders: list[Path]) -> str:
-    """All tables, as Markdown."""
-    cells, searches = read_rows(folders), read_searches(folders)
+def report(cells: Cells, searches: dict, pressed: list[dict], cost: Path) -> str:
+    """All tables, as Markdown; `pressed` from `compression`, `cost` what `search_cost.py` wrote."""
     methods = {key[0] for key in searches}
     agreements = {m: agreement(searches, m) for m in ORDER if m in methods}
-    pressed = compression(cells)
     parts = []
     for budget in sorted({key[2] for key in cells}):
         table = compare(cells, budget)
@@ -215,7 +213,7 @@ def report(folders: list[Path]) -> str:
             lambda other, budget=budget: against(cells, budget, other),
             agreements,
             [row["share"] for row in pressed],
-            folders[0].parent / "cost.json",
+            cost,
         )
         parts += [goals.markdown(reached), markdown(table)]
         by_task = next(e for e in table if (e["method"], e["start"]) == ("score", "restart"))
@@ -254,17 +252,18 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="folder for rank_search.png and rank_search_curve.png")
     parser.add_argument("--page", type=Path, help="page to put the tables in, between its marks")
     arguments = parser.parse_args()
-    text = report(arguments.runs)
+    cells = read_rows(arguments.runs)
+    pressed = compression(cells)
+    text = report(cells, read_searches(arguments.runs), pressed, arguments.runs[0].parent / "cost.json")
     print(text)
     if arguments.page:
         write_page(arguments.page, text)
     if arguments.plots:
         import plots
 
-        cells = read_rows(arguments.runs)
         tables = [table for budget in sorted({key[2] for key in cells}) if (table := compare(cells, budget))]
         plots.comparison(cells, tables, arguments.plots / "rank_search.png")
-        plots.curves(compression(cells), arguments.plots / "rank_search_curve.png")
+        plots.curves(pressed, arguments.plots / "rank_search_curve.png")
 
 
 if __name__ == "__main__":
