@@ -5,8 +5,20 @@ A process of its own, because LVNAS_RAGGED is read once when vLLM loads its plug
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+
+import torch
+from PIL import Image
+
+if "torchvision" in os.environ.get("PYTHONPATH", ""):
+    # scripts/setup's copy. Its operators need CUDA's libraries; its Python part, all that Qwen2-VL's image
+    # processor uses, needs these two declared.
+    for operator in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -23,12 +35,17 @@ class Job:
         return self.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)[0]
 
     def generate(self, requests, tokens):
-        """Greedy ids and their log probabilities of [prompt ids, adapter or None] requests, batched together."""
-        prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
+        """Greedy ids and their log probabilities of [prompt ids, adapter or None, image file...], batched together."""
+        prompts = [
+            {"prompt_token_ids": ids, "multi_modal_data": {"image": [Image.open(file) for file in images]}}
+            if images
+            else {"prompt_token_ids": ids}
+            for ids, _, *images in requests
+        ]
         params = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
         )
-        loras = [self.adapters.get(name) for _, name in requests]
+        loras = [self.adapters.get(name) for _, name, *_ in requests]
         outputs = self.llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
         return [
             [

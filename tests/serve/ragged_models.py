@@ -11,6 +11,7 @@ import peft
 import torch
 import transformers
 from checkpoints import make_tokenizer, randomise
+from transformers import Qwen2VLImageProcessorPil
 
 from lvnas_vllm.ragged import SWITCH
 
@@ -86,7 +87,11 @@ def phi3(folder: Path) -> Path:
     return folder
 
 
+QWEN_IMAGES = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
+
+
 def qwen2_vl(folder: Path) -> Path:
+    """With image and video processors by name only: making them needs torchvision, here only vLLM has it."""
     tokenizer = make_tokenizer()
     marks = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
     tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
@@ -117,6 +122,10 @@ def qwen2_vl(folder: Path) -> Path:
     randomise(model, 0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    settings = QWEN_IMAGES.to_dict()
+    for kind, file in (("Image", "preprocessor_config.json"), ("Video", "video_preprocessor_config.json")):
+        named = {**settings, f"{kind.lower()}_processor_type": f"Qwen2VL{kind}Processor"}
+        (folder / file).write_text(json.dumps(named))
     return folder
 
 

@@ -1,5 +1,6 @@
 """Ragged LoRA end to end in float32: the ids of stock vLLM and of PEFT, capacity, refusals, roll-back."""
 
+import json
 import os
 import random
 import re
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ragged_models import VOCABULARY, Peft, adapter, llama, phi3, qwen2_vl, run_job
+import torch
+from PIL import Image
+from ragged_models import QWEN_IMAGES, VOCABULARY, Peft, adapter, llama, phi3, qwen2_vl, run_job
 
 from lvnas.adapters import read_adapter
 from lvnas.pack import pack
@@ -138,27 +141,49 @@ def test_alignment_is_the_only_overhead():
     assert aligned(33) - 33 < 32
 
 
-@pytest.mark.parametrize("make", [phi3, qwen2_vl])
-def test_other_models(tmp_path, make):
-    """Fused projections with one adapter slice (Phi-3), and a multimodal model (Qwen2-VL), here with text only.
-
-    vLLM cannot load Qwen2-VL without torchvision, which the CPU install leaves out. LoRA in a vision tower is
-    tested on Mllama, whose parity suite runs with LVNAS_RAGGED=1 below.
-    """
-    limits = {}
-    if make is qwen2_vl:
-        pytest.importorskip("torchvision")
-        limits = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
-    base = make(tmp_path / make.__name__)
-    suffix = "-vl" if make is qwen2_vl else ""
-    adapters = {f"v{i}": adapter(base, tmp_path / f"v{i}{suffix}", 20 + i) for i in range(3)}
+def test_fused_projections(tmp_path):
+    """Phi-3: one adapter slice for a layer that other models cut into three."""
+    base = phi3(tmp_path / "phi3")
+    adapters = {f"v{i}": adapter(base, tmp_path / f"v{i}", 20 + i) for i in range(3)}
     asks = requests(3, [None, *adapters], 12)
-    engine = {"model": str(base), **ENGINE, "max_loras": 2, **limits}
+    engine = {"model": str(base), **ENGINE, "max_loras": 2}
     (ours, state), _ = run_job(tmp_path / "job", True, [["generate", asks, 6], ["state"]], adapters, **engine)
     oracle = Peft(base, adapters)
     for (prompt, name), (ids, _) in zip(asks, ours, strict=True):
         assert ids == oracle.greedy(prompt, name, ids), name
     assert state["stock"] == []
+
+
+def test_another_vision_language_model(tmp_path):
+    """Qwen2-VL: images, LoRA in vLLM's own vision tower and merger, three adapters in two slots."""
+    torchvision = Path(sys.prefix, "opt/torchvision")
+    if not torchvision.is_dir():
+        pytest.importorskip("torchvision", reason="vLLM loads no Qwen2-VL without torchvision")
+    base = qwen2_vl(tmp_path / "qwen2-vl")
+    adapters = {f"v{i}": adapter(base, tmp_path / f"v{i}-vl", 20 + i) for i in range(3)}
+    config = json.loads((base / "config.json").read_text())
+    start, pad, end = (config[f"{name}_token_id"] for name in ("vision_start", "image", "vision_end"))
+    asks = requests(3, [None, *adapters], 16)
+    draw = random.Random(4)
+    for i, ask in enumerate(asks):
+        if i % 4:
+            size = draw.choice(((56, 56), (56, 84), (112, 84)))
+            Image.effect_noise(size, 90).convert("RGB").rotate(i).save(file := tmp_path / f"{i}.png")
+            ask[0], ask[2:] = [start, pad, end, *ask[0]], [str(file)]
+    engine = {"model": str(base), **ENGINE, "max_loras": 2, "enable_tower_connector_lora": True}
+    engine["limit_mm_per_prompt"] = {"image": 1, "video": 0}
+    environment = {"PYTHONPATH": str(torchvision)} if torchvision.is_dir() else {}
+    steps = [["generate", asks, 6], ["state"]]
+    (ours, state), _ = run_job(tmp_path / "job", True, steps, adapters, environment, **engine)
+    oracle = Peft(base, adapters)
+    for (prompt, name, *images), (ids, _) in zip(asks, ours, strict=True):
+        inputs = {}
+        for image in images:
+            inputs = QWEN_IMAGES(images=[Image.open(image)], return_tensors="pt")
+            prompt = [start, *[pad] * (int(inputs["image_grid_thw"].prod()) // 4), *prompt[2:]]
+            inputs["mm_token_type_ids"] = (torch.tensor([[*prompt, *ids]]) == pad).int()
+        assert ids == oracle.greedy(prompt, name, ids, **inputs), (name, images)
+    assert state["stock"] == [] and state["covered"] == 22
 
 
 @pytest.mark.full
