@@ -12,40 +12,42 @@ from lvnas_vllm.ragged.layout import Site, pack, plan, ranks_of
 from lvnas_vllm.ragged.runs import LONG, find_runs, token_slots
 
 SITE = Site("layers.0.qkv_proj", 96, (80, 48, 33))
+WIDE = Site("layers.0.wide", 200, (2100, 40, 1100))
+"""More columns than one task of the native operator takes, in panels of 64 and a rest."""
 SLOTS = 6
 TOKENS = (1, 2, 3, 7, 133, 2048)
 POPULARITY = ("distinct", "uniform", "zipf", "identical", "none")
 RANKS = {
-    **{str(rank): itertools.repeat((rank, rank, rank)) for rank in (0, 1, 3, 4, 8, 16, 32, 64, 128)},
-    "mixed": itertools.cycle([(4, 0, 64), (0, 0, 0), (3, 1, 8), (128, 16, 0), (0, 32, 5)]),
+    **{str(rank): [(rank, rank, rank)] for rank in (0, 1, 3, 4, 8, 16, 32, 64, 128)},
+    "mixed": [(4, 0, 64), (0, 0, 0), (3, 1, 8), (128, 16, 0), (0, 32, 5)],
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 NATIVE = native.load()
 
 
-def adapters(ranks, dtype, seed=0):
+def adapters(ranks, dtype, site=SITE, seed=0):
     """Per slot the pairs of each slice, and the arena's view of them."""
     random = torch.Generator().manual_seed(seed)
-    weights, taken = [], itertools.islice(ranks, SLOTS)
+    weights, taken = [], itertools.islice(itertools.cycle(ranks), SLOTS)
     for slot_ranks in taken:
         weights.append(
             [
-                (torch.randn(rank, SITE.inputs, generator=random), torch.randn(out, rank, generator=random))
+                (torch.randn(rank, site.inputs, generator=random), torch.randn(out, rank, generator=random))
                 if rank
                 else None
-                for rank, out in zip(slot_ranks, SITE.outputs, strict=True)
+                for rank, out in zip(slot_ranks, site.outputs, strict=True)
             ]
         )
         weights[-1] = [pair and tuple(matrix.to(dtype) for matrix in pair) for pair in weights[-1]]
-    plans = [plan([SITE], ranks_of([SITE], [pairs])) for pairs in weights]
+    plans = [plan([site], ranks_of([site], [pairs])) for pairs in weights]
     arena = Arena.allocate(sum(elements for _, elements in plans) + 64 * SLOTS, dtype, "cpu", commit=False)
     arena.data.fill_(float("nan"))  # what no adapter owns must not reach any output
-    table = torch.zeros(SITE.slices, SLOTS, 3, dtype=torch.int64)
+    table = torch.zeros(site.slices, SLOTS, 3, dtype=torch.int64)
     for slot, (own, elements) in enumerate(plans):
         start, _ = arena.take(slot, elements)
-        pack([SITE], [weights[slot]], own, arena.region(slot))
+        pack([site], [weights[slot]], own, arena.region(slot))
         table[:, slot] = own + torch.tensor([start, start, 0])
-    return weights, torch_ops.SiteWeights(arena.data, table, SITE.inputs, SITE.outputs)
+    return weights, torch_ops.SiteWeights(arena.data, table, site.inputs, site.outputs)
 
 
 def slots_of(tokens, popularity, seed=0):
@@ -63,10 +65,10 @@ def slots_of(tokens, popularity, seed=0):
     ].astype(np.int32)
 
 
-def oracle(y, x, weights, slots):
+def oracle(y, x, weights, slots, site=SITE):
     """y + B (A x) in float32, token by adapter."""
     out = y.float().clone()
-    bounds = [0, *itertools.accumulate(SITE.outputs)]
+    bounds = [0, *itertools.accumulate(site.outputs)]
     for slot, pairs in enumerate(weights):
         members = torch.from_numpy(np.flatnonzero(slots == slot))
         for pair, low, high in zip(pairs, bounds, bounds[1:], strict=False):
@@ -89,22 +91,33 @@ def path(request, monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_equals_float32_oracle(path, dtype, ranks):
-    weights, site = adapters(RANKS[ranks], dtype)
     for tokens, popularity in itertools.product(TOKENS, POPULARITY):
-        random = torch.Generator().manual_seed(tokens)
-        x = torch.randn(tokens, SITE.inputs, generator=random).to(dtype)
-        y = torch.randn(tokens, sum(SITE.outputs), generator=random).to(dtype)
-        slots = slots_of(tokens, popularity)
-        wanted = oracle(y, x, weights, slots)
-        # Each sum's scale, not each element's: cancellation makes single elements arbitrarily small.
-        scale = wanted.abs().amax(1, keepdim=True).clamp_min(1)
-        untouched = torch.from_numpy(slots < 0)
-        for long in (LONG, tokens + 1):  # with matrix products for long runs, and all in the grouped call
-            got = y.clone()
-            torch_ops.add_lora(got, x, site, find_runs(slots, long))
-            error = ((got.float() - wanted).abs() / scale).max()
-            assert error < TOLERANCE[dtype], (tokens, popularity, long)
-            assert torch.equal(got[untouched], y[untouched])
+        check(SITE, dtype, ranks, tokens, popularity)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("ranks", ["3", "64", "mixed"])
+def test_wide_layers_equal_float32_oracle(path, dtype, ranks):
+    for tokens, popularity in itertools.product((1, 7, 300), ("distinct", "zipf", "identical")):
+        check(WIDE, dtype, ranks, tokens, popularity)
+
+
+def check(site, dtype, ranks, tokens, popularity):
+    weights, own = adapters(RANKS[ranks], dtype, site)
+    random = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, site.inputs, generator=random).to(dtype)
+    y = torch.randn(tokens, sum(site.outputs), generator=random).to(dtype)
+    slots = slots_of(tokens, popularity)
+    wanted = oracle(y, x, weights, slots, site)
+    # Each sum's scale, not each element's: cancellation makes single elements arbitrarily small.
+    scale = wanted.abs().amax(1, keepdim=True).clamp_min(1)
+    untouched = torch.from_numpy(slots < 0)
+    for long in (LONG, tokens + 1):  # with matrix products for long runs, and all in the grouped call
+        got = y.clone()
+        torch_ops.add_lora(got, x, own, find_runs(slots, long))
+        error = ((got.float() - wanted).abs() / scale).max()
+        assert error < TOLERANCE[dtype], (tokens, popularity, long)
+        assert torch.equal(got[untouched], y[untouched])
 
 
 def test_strided_input_and_output(path):

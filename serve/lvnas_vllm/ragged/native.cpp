@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -63,9 +63,13 @@ inline void store(vf value, bf16* to) {
 }
 #endif
 inline float sum(vf v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int i = 0; i < V; i++) total += v[i];
     return total;
+#endif
 }
 
 // One step of a dot product: WIDTH elements of x and of a row, multiplied and added to 16 float32 sums.
@@ -157,48 +161,61 @@ void expand_column(const T* b, int64_t O, const float* h, int64_t ldh, int rank,
 }
 
 #ifdef __AVX512BF16__
-// The same for two vectors of 32 columns and bfloat16 h, two rows of B at a time: 4 tokens' sums stay in registers.
+// The same for 64 columns of a packed panel and bfloat16 h: TB tokens' sums stay in registers.
 template <int TB>
-void expand_pairs(const bf16* b, int64_t O, const bf16* h, int64_t ldh, int rank, bf16* const* y, int64_t column) {
+void expand_pairs(const __m512i* panel, int pairs, const bf16* h, int64_t ldh, bf16* const* y, int64_t column) {
     __m512 acc[TB][4] = {};
-    for (int r = 0; r < rank; r += 2) {
-        __m512bh pairs[4];  // of rows r and r + 1, element by element; 32-bit lanes in the order of the unpacking
-        for (int c = 0; c < 2; c++) {
-            const __m512i even = _mm512_loadu_si512(b + r * O + column + c * 32);
-            const __m512i odd =
-                r + 1 < rank ? _mm512_loadu_si512(b + (r + 1) * O + column + c * 32) : _mm512_setzero_si512();
-            pairs[2 * c] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
-            pairs[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
-        }
+    for (int p = 0; p < pairs; p++)
         for (int t = 0; t < TB; t++) {
             int32_t both;
-            std::memcpy(&both, h + t * ldh + r, sizeof both);
+            std::memcpy(&both, h + t * ldh + 2 * p, sizeof both);
             const __m512bh factor = (__m512bh)_mm512_set1_epi32(both);
-            for (int c = 0; c < 4; c++) acc[t][c] = _mm512_dpbf16_ps(acc[t][c], factor, pairs[c]);
+            for (int c = 0; c < 4; c++) acc[t][c] = _mm512_dpbf16_ps(acc[t][c], factor, (__m512bh)panel[4 * p + c]);
         }
-    }
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     for (int t = 0; t < TB; t++)
-        for (int c = 0; c < 2; c++) {
-            bf16* out = y[t] + column + c * 32;
-            store(load(out) + (vf)_mm512_permutex2var_ps(acc[t][2 * c], low, acc[t][2 * c + 1]), out);
-            out += V;
-            store(load(out) + (vf)_mm512_permutex2var_ps(acc[t][2 * c], high, acc[t][2 * c + 1]), out);
+        for (int c = 0; c < 4; c++) {
+            bf16* out = y[t] + column + c * V;
+            store(load(out) + (vf)acc[t][c], out);
         }
 }
 
-// Columns from `column` on, 64 at a time, for n tokens; returns the first column left to do.
+// Columns from `column` on, 64 at a time, for n tokens; returns the first column left to do. B is packed first, two rows
+// interleaved: its rows are read as long as they are, since B comes from memory, and a panel's own rows would share
+// few cache sets where O is a multiple of 2048.
 int64_t expand_tile(const bf16* b, int64_t O, const float* h, int64_t ldh, int rank, bf16* const* y, int64_t n,
                     int64_t column, int64_t end) {
-    const int64_t even = rank + rank % 2;
-    std::vector<bf16> rounded(n * even);
+    const int pairs = (rank + 1) / 2;
+    const int64_t panels = (end - column) / 64, width = (rank + V - 1) / V * V;
+    static thread_local std::vector<__m512i> packed;
+    static thread_local std::vector<bf16> rounded;
+    if (packed.size() < size_t(panels * pairs * 4)) packed.resize(panels * pairs * 4);
+    if (rounded.size() < size_t(n * width)) rounded.resize(n * width);
     for (int64_t t = 0; t < n; t++)
-        for (int r = 0; r < rank; r++) store(h[t * ldh + r], &rounded[t * even + r]);
-    for (; column + 64 <= end; column += 64) {
+        for (int r = 0; r < rank; r += V) {
+            const __mmask16 valid = rank - r < V ? (1u << (rank - r)) - 1 : 0xffffu;
+            store((vf)_mm512_maskz_loadu_ps(valid, h + t * ldh + r), &rounded[t * width + r]);
+        }
+    alignas(64) uint16_t order[2][32];  // of two rows' elements, those of 16 columns
+    for (int i = 0; i < 32; i++) order[0][i] = uint16_t(i / 2 + i % 2 * 32), order[1][i] = uint16_t(order[0][i] + 16);
+    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    for (int p = 0; p < pairs; p++) {
+        const bf16* row = b + 2 * p * O + column;
+        const bool two = 2 * p + 1 < rank;
+        for (int64_t c = 0; c < panels * 2; c++) {
+            __builtin_prefetch(row + 2 * O + c * 32);
+            __builtin_prefetch(row + 3 * O + c * 32);
+            const __m512i first = _mm512_loadu_si512(row + c * 32);
+            const __m512i second = two ? _mm512_loadu_si512(row + O + c * 32) : _mm512_setzero_si512();
+            __m512i* to = &packed[(c / 2 * pairs + p) * 4 + c % 2 * 2];
+            to[0] = _mm512_permutex2var_epi16(first, low, second);
+            to[1] = _mm512_permutex2var_epi16(first, high, second);
+        }
+    }
+    for (int64_t panel = 0; panel < panels; panel++, column += 64) {
+        const __m512i* from = &packed[panel * pairs * 4];
         int64_t t = 0;
-        for (; t + 4 <= n; t += 4) expand_pairs<4>(b, O, &rounded[t * even], even, rank, y + t, column);
-        for (; t < n; t++) expand_pairs<1>(b, O, &rounded[t * even], even, rank, y + t, column);
+        for (; t + 4 <= n; t += 4) expand_pairs<4>(from, pairs, &rounded[t * width], width, y + t, column);
+        for (; t < n; t++) expand_pairs<1>(from, pairs, &rounded[t * width], width, y + t, column);
     }
     return column;
 }
