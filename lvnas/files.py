@@ -40,6 +40,21 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def refuse_foreign(target: Path, *ours: str) -> None:
+    """Lets a command replace `target` only where it is missing, empty, or holds one of the names `ours`.
+
+    Raises:
+        InputError: `target` is a file, or a folder of something else, which replacing would destroy.
+    """
+    target = Path(target)
+    held = {path.name for path in target.iterdir()} if target.is_dir() else None
+    if not target.exists() or held == set() or (held and held & set(ours)):
+        return
+    raise InputError(
+        f"{target} holds something else than what would replace it: choose another --out or remove it"
+    )
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` (UTF-8) to `path` atomically, making its folder."""
     write_bytes(path, text.encode())

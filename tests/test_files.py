@@ -37,6 +37,20 @@ def test_a_new_folder_replaces_the_old_one(tmp_path):
     assert names(tmp_path / "out") == ["2"]
 
 
+def test_only_a_folder_of_ours_may_be_replaced(tmp_path):
+    target = tmp_path / "out"
+    files.refuse_foreign(target, "run.json")
+    target.mkdir()
+    files.refuse_foreign(target, "run.json")
+    (target / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match=r"out holds something else .* choose another --out or remove it"):
+        files.refuse_foreign(target, "run.json")
+    (target / "run.json").write_text("{}")
+    files.refuse_foreign(target, "page.html", "run.json")
+    with pytest.raises(InputError, match="something else"):
+        files.refuse_foreign(target / "thesis.tex", "run.json")
+
+
 def test_a_file_keeps_its_old_content_when_writing_fails(tmp_path):
     path = tmp_path / "deep" / "value.json"
     files.write_json(path, {"a": "ä"})

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lvnas.errors import InputError
-from lvnas_loadtest.server import post
+from lvnas_loadtest.server import post, served_models
 from lvnas_loadtest.workload import Workload
 
 DRAIN = 1.0
@@ -40,14 +40,22 @@ class Churn:
         """Replaces the next adapter; `at` is noted with how long loading and unloading took."""
         self._replace(next(self._turns), at, next(self._numbers))
 
-    def restore(self) -> None:
-        """Gives every replaced adapter its own name back."""
+    def restore(self, at: float) -> None:
+        """Gives every replaced adapter its own name back; what fails is noted in `events`, with `at`.
+
+        A step may have been cut short before it unloaded that name: the server knows what it serves.
+        """
         for adapter in self.workload.adapters:
             url, model = self.workload.route(adapter)
-            if model != adapter:
-                self._load(url, adapter, adapter)
-                self._unload(url, model)
+            if model == adapter:
+                continue
+            try:
+                if adapter not in served_models(url):
+                    self._load(url, adapter, adapter)
                 self.move(adapter, url, adapter)
+                self._unload(url, model)
+            except (OSError, InputError) as error:
+                self.events.append({"at": at, "adapter": adapter, "error": f"not restored: {error}"})
 
     def _replace(self, adapter: str, at: float, number: int) -> None:
         url, old = self.workload.route(adapter)

@@ -12,6 +12,7 @@ from scipy import stats
 
 from lvnas.errors import InputError
 from lvnas.files import provenance, write_json, write_text
+from lvnas_loadtest import plan as requests
 from lvnas_loadtest.compare_page import comparison_page
 from lvnas_loadtest.deployments import Deployment
 from lvnas_loadtest.run import run
@@ -63,10 +64,11 @@ def compare(plan: Plan, out: Path, progress: Callable[[str], None] = lambda text
         {"rounds": {deployment: [numbers per round]}, "ratios": [...], "errors": {...}, "workload", "provenance"}
 
     Raises:
-        InputError: fewer than one round; no deployment finished a round.
+        InputError: fewer than one round; a bad trace; no deployment finished a round.
     """
     if plan.rounds < 1 or not plan.deployments:
         raise InputError(f"{plan.rounds} rounds of {len(plan.deployments)} deployments; at least one of each")
+    requests.Plan(plan.workload)  # a bad trace is said before the first server is started
     rounds: dict[str, list[dict[str, Any]]] = {deployment.name: [] for deployment in plan.deployments}
     errors: dict[str, str] = {}
     with contextlib.ExitStack() as stack:

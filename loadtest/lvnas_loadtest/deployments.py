@@ -132,10 +132,13 @@ def _packed(
 ) -> Deployment:
     from lvnas.inspect import adapter_shape, plan
     from lvnas.pack import PackOptions, pack
+    from lvnas.packfolder import MANIFEST_NAME, PROVENANCE_NAME
 
     which, layout = KINDS[name]
     assert which and layout
     adapters = found[which]
+    for old in (MANIFEST_NAME, PROVENANCE_NAME):  # of an earlier pack, whose adapters would be served too
+        (folder / old).unlink(missing_ok=True)
     manifest = pack(adapters, folder, PackOptions(layout=layout, slots=slots), None, lambda _: None)
     label_of = dict(zip((adapter.name for adapter in adapters), labels, strict=True))
     known = read_pack(folder)

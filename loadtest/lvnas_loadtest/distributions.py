@@ -21,7 +21,10 @@ def distribution(what: str, text: str) -> Callable[[random.Random], int]:
     Raises:
         InputError: `text` fits none of the forms.
     """
-    name, numbers = specs.parse(what, f"fixed:{text}" if text.isdigit() else text, FORMS)
+    if text.isdecimal() and int(text) < 1:
+        allowed = ", ".join(("N", *(specs.usage(form) for form in FORMS.items() if form[0] != "fixed")))
+        raise InputError(f"{what} {text!r} must be at least 1; allowed: {allowed}")
+    name, numbers = specs.parse(what, f"fixed:{text}" if text.isdecimal() else text, FORMS)
     if name == "fixed":
         return lambda rng: round(numbers[0])
     low, high = numbers

@@ -24,6 +24,7 @@ from lvnas_loadtest.workload import Workload
 __all__ = ["ChatUser", "Shape"]
 
 BEGIN, MOVE, FINISH, RECORDS = "lvnas-begin", "lvnas-move", "lvnas-finish", "lvnas-records"
+FAILED = "lvnas-failed"
 SETTLE = 3.0
 """Seconds in which a master may not have heard yet from its workers how many users they run."""
 COLLECT = 30.0
@@ -52,11 +53,16 @@ def initialise(environment: Any, **_: Any) -> None:
         runner.register_message(FINISH, worker_finish)
     if isinstance(runner, runners.MasterRunner):
         runner.register_message(RECORDS, master_collect)
+        runner.register_message(FAILED, master_failed)
 
 
 def worker_begin(environment: Any, msg: Any) -> None:
-    """On a worker: takes its share of the workload."""
-    ChatUser.load = Load(Workload(**msg.data["workload"]), *msg.data["share"])
+    """On a worker: takes its share of the workload; where it cannot, the master is told to end the test."""
+    ChatUser.load = None
+    try:
+        ChatUser.load = Load(Workload(**msg.data["workload"]), *msg.data["share"])
+    except InputError as error:
+        environment.runner.send_message(FAILED, str(error))
 
 
 def move(runner: Any, adapter: str, url: str, model: str) -> None:
@@ -69,12 +75,14 @@ def move(runner: Any, adapter: str, url: str, model: str) -> None:
 
 def worker_move(environment: Any, msg: Any) -> None:
     """On a worker: an adapter's requests go elsewhere from now on."""
-    ChatUser.load.workload.routes[msg.data["adapter"]] = msg.data["route"]
+    if ChatUser.load:
+        ChatUser.load.workload.routes[msg.data["adapter"]] = msg.data["route"]
 
 
 def worker_finish(environment: Any, msg: Any) -> None:
     """On a worker: hands its records to the master."""
-    environment.runner.send_message(RECORDS, finish_load(ChatUser.load))
+    if ChatUser.load:
+        environment.runner.send_message(RECORDS, finish_load(ChatUser.load))
 
 
 def finish_load(load: Load) -> dict[str, Any]:
@@ -90,16 +98,28 @@ def master_collect(environment: Any, msg: Any) -> None:
     session.collect(**msg.data)
 
 
+def master_failed(environment: Any, msg: Any) -> None:
+    """On the master: lets the shape end the test, since a worker has nothing to send."""
+    assert session is not None
+    session.failed = True
+    logging.error("%s", msg.data)
+    environment.process_exit_code = 2
+
+
 @events.test_start.add_listener
 def begin(environment: Any, **_: Any) -> None:
     """Prepares the run, and hands each worker its share before its users start."""
     global session
     runner, options = environment.runner, environment.parsed_options
     if not isinstance(runner, runners.WorkerRunner):
+        ChatUser.load = None
         try:
             session = Session(options.workload, options.out, environment.host, options.num_users)
             session.prepare(partial(move, runner))
+            if not isinstance(runner, runners.MasterRunner):
+                ChatUser.load = Load(session.workload, tokens_per_word=session.tokens_per_word)
         except InputError as error:
+            session = None  # nothing to write at the end
             logging.error("%s", error)
             environment.process_exit_code = 2
             raise locust.exception.StopTest from None
@@ -110,11 +130,9 @@ def begin(environment: Any, **_: Any) -> None:
             runner.send_message(
                 BEGIN, {"workload": dataclasses.asdict(session.workload), "share": share}, client
             )
-    elif session is not None:
-        ChatUser.load = Load(session.workload, tokens_per_word=session.tokens_per_word)
     if session is not None:
         session.begin()
-    if not isinstance(runner, runners.MasterRunner):
+    if ChatUser.load:
         go_first()
         ChatUser.load.begin()
 
@@ -123,7 +141,7 @@ def begin(environment: Any, **_: Any) -> None:
 def gather(environment: Any, **_: Any) -> None:
     """On the master, before it stops its workers: gets their records."""
     runner = environment.runner
-    if session is not None and isinstance(runner, runners.MasterRunner):
+    if session is not None and not session.failed and isinstance(runner, runners.MasterRunner):
         workers = len(runner.clients)
         runner.send_message(FINISH)
         with gevent.Timeout(COLLECT, False):
@@ -137,7 +155,7 @@ def gather(environment: Any, **_: Any) -> None:
 def end(environment: Any, **_: Any) -> None:
     """Writes the raw data; on a worker, nothing."""
     if session is not None:
-        if not isinstance(environment.runner, runners.MasterRunner):
+        if ChatUser.load:
             session.collect(**finish_load(ChatUser.load))
         session.finish()
 
@@ -155,6 +173,8 @@ class Shape(LoadTestShape):
         options: Any = runner.environment.parsed_options
         settled = self.get_run_time() > (SETTLE if isinstance(runner, runners.MasterRunner) else 0)
         if runner.state == runners.STATE_RUNNING and settled and not runner.user_count:
+            return None
+        if session is not None and session.failed:
             return None
         users = options.num_users or 1
         if isinstance(runner, runners.MasterRunner):

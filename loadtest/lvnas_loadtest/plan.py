@@ -29,7 +29,11 @@ class Planned:
 
 
 class Plan:
-    """The requests of `workload` that worker `shard` of `shards` sends."""
+    """The requests of `workload` that worker `shard` of `shards` sends.
+
+    Raises:
+        InputError: a bad trace (see `read_trace`), or one that names adapters which are not the workload's.
+    """
 
     def __init__(self, workload: Workload, shard: int = 0, shards: int = 1) -> None:
         self.workload, self.shard, self.shards = workload, shard, shards
@@ -40,6 +44,10 @@ class Plan:
         self.end = workload.warmup + workload.duration
         kind, _ = arrivals.form(workload.arrivals)
         self.trace = read_trace(Path(workload.arrivals.removeprefix("trace:"))) if kind == "trace" else []
+        if workload.popularity == "trace":
+            for row in self.trace:
+                if row.get("model", workload.adapters[0]) not in workload.adapters:
+                    raise unknown("adapter in the trace", row["model"], workload.adapters)
 
     def request(self, index: int, at: float | None = None) -> Planned:
         """Request number `index`; a trace's row fills what it records."""
@@ -52,8 +60,6 @@ class Plan:
             row = self.trace[index]
             prompt, output = row.get("prompt_tokens", prompt), row.get("output_tokens", output)
             if workload.popularity == "trace" and "model" in row:
-                if row["model"] not in workload.adapters:
-                    raise unknown("adapter in the trace", row["model"], workload.adapters)
                 adapter = row["model"]
         return Planned(index, at, adapter, prompt, output, side)
 

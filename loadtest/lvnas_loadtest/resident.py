@@ -1,5 +1,6 @@
 """How many adapters fit on a server at once within a limit of memory: it is started with more and more."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ def resident_capacity(
         {"adapters": number, "tries": [{"adapters", "fits", "host_bytes", "device_bytes", "error"}], ...}
 
     Raises:
-        InputError: no adapters, or an unknown deployment.
+        InputError: no adapters, or `highest` below 1.
     """
+    if highest < 1:
+        raise InputError(f"highest {highest} must be at least 1")
     if not adapters:
         raise InputError("no adapters to serve; give some with --mixed or --uniform")
     adapters = [str(adapter.folder.resolve()) for adapter in find_adapters(adapters)]
@@ -44,6 +47,8 @@ def resident_capacity(
 
     def fits(count: float) -> bool:
         number = int(count)
+        if number < 1:
+            return False
         known = [one for one in tries if one["adapters"] == number]
         if known:
             return bool(known[0]["fits"])
@@ -68,15 +73,17 @@ def _try(
     name: str, adapters: Sequence[str], number: int, out: Path, limit_bytes: int | None, flags: Sequence[str]
 ) -> dict[str, Any]:
     sources = [f"copy{index}={adapters[index % len(adapters)]}" for index in range(number)]
-    [deployment] = deployments([name], sources, sources, out / "packs", slots=number)
     tried: dict[str, Any] = {"adapters": number, "fits": False, "error": None}
     try:
+        [deployment] = deployments([name], sources, sources, out / "packs", slots=number)
         with running(deployment, flags, out / "logs") as server:
             for url, model in server.routes.values():
                 _ask(url, model)
             tried |= {"host_bytes": host_bytes(server.pids), "device_bytes": device_reader()()}
-    except InputError as error:
+    except (InputError, OSError) as error:
         return tried | {"error": str(error)}
+    finally:
+        shutil.rmtree(out / "packs", ignore_errors=True)  # a copy of every adapter
     used = tried["device_bytes"] if tried["device_bytes"] is not None else tried["host_bytes"]
     return tried | {"fits": limit_bytes is None or used <= limit_bytes}
 

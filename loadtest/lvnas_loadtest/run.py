@@ -10,8 +10,9 @@ from typing import Any
 
 import lvnas_loadtest
 from lvnas.errors import InputError
-from lvnas.files import atomic_folder
+from lvnas.files import atomic_folder, refuse_foreign
 from lvnas_loadtest import report
+from lvnas_loadtest.plan import Plan
 from lvnas_loadtest.server import check_models
 from lvnas_loadtest.workload import Workload
 
@@ -24,7 +25,7 @@ def run(
     locust_options: Sequence[str] = (),
     progress: Callable[[float], None] = lambda seconds: None,
 ) -> dict[str, Any]:
-    """Sends `workload` and writes its report to the folder `out`, which is replaced.
+    """Sends `workload` and writes its report to the folder `out`; an older report there is replaced.
 
     Args:
         locust_options: more options for Locust (`--processes 4`, `--web-port 8089`).
@@ -34,8 +35,11 @@ def run(
         The result (see `results.analyse`).
 
     Raises:
-        InputError: a model is not served; Locust broke off (the message is its first error).
+        InputError: `out` holds something else; a bad trace; a model is not served; Locust broke off (the
+            message is its first error, or its last word).
     """
+    refuse_foreign(out, "run.json")
+    Plan(workload)  # reads the trace, which Locust's processes would complain about too late
     check_models(workload)
     with atomic_folder(out) as draft:
         workload.write(draft / "workload.json")
@@ -62,9 +66,8 @@ def run(
                     locust.terminate()
                     locust.wait()
         if locust.returncode or not (draft / "run.json").exists():
-            words = [line for line in log.read_text(errors="replace").splitlines() if "ERROR" in line] or [
-                "no reason given"
-            ]
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            words = [line for line in lines if "ERROR" in line] or lines[-1:] or ["no reason given"]
             raise InputError(
                 f"the load test did not finish (Locust exit code {locust.returncode}): {words[0][-400:]}"
             )

@@ -35,6 +35,8 @@ class Session:
         self.tokens_per_word = 1.0
         self.records: list[Record] = []
         self.generators: list[dict[str, float]] = []
+        self.failed = False
+        """A worker could not begin."""
 
     def prepare(self, move: Callable[[str, str, str], None]) -> None:
         """What comes before the load: checks the models, measures the tokenizer, records the canary answers.
@@ -69,15 +71,20 @@ class Session:
         self.generators.append(generator)
 
     def finish(self) -> None:
-        """Stops watching and writes what was measured."""
+        """Stops watching, writes what was measured, gives replaced adapters their names back."""
+        self.ended = time.time()
         self.sampler.stop()
         gevent.killall(self.watchers)
+        self._write()
         if self.churn:
-            self.churn.restore()
+            self.churn.restore(time.time() - self.began)
+            self._write()  # again, with what could not be restored
+
+    def _write(self) -> None:
         if self.out is None:
             return
         write_records(self.out / "records.jsonl", sorted(self.records, key=lambda record: record.start))
-        run: dict[str, Any] = {"began": self.began, "ended": time.time(), "generators": self.generators}
+        run: dict[str, Any] = {"began": self.began, "ended": self.ended, "generators": self.generators}
         run["workload"] = dataclasses.asdict(self.workload)
         run["tokens_per_word"] = self.tokens_per_word
         run["samples"] = {"values": self.sampler.samples, "errors": self.sampler.errors[:5]}

@@ -63,22 +63,3 @@ def limits(texts: Iterable[str]) -> dict[str, float]:
         except ValueError:
             raise InputError(f"SLO {text!r} is not like ttft:200 (ms)") from None
     return found
-
-
-def size(text: str) -> int:
-    """The bytes in `512MiB`, `6GiB` or `6e9`.
-
-    Raises:
-        InputError: anything else.
-    """
-    number, factor = text, 1
-    for unit, power in (("KiB", 10), ("MiB", 20), ("GiB", 30)):
-        if text.endswith(unit):
-            number, factor = text.removesuffix(unit), 2**power
-    try:
-        value = float(number) * factor
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise InputError(f"memory {text!r} is not like 512MiB or 6GiB")
-    return int(value)

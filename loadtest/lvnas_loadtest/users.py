@@ -20,21 +20,22 @@ class ChatUser(User):
     says so and
     leaves the answer to another greenlet; any number of users share one schedule."""
 
-    load: ClassVar[Load]
-    """This process's load, set before the test starts."""
+    load: ClassVar[Load | None] = None
+    """This process's load, set before the test starts; without one, users end at once."""
 
     @task
     def ask(self) -> None:
         """Sends the next request, or ends this user when there is none."""
-        planned = self.load.next()
-        if planned is None:
+        load = self.load
+        planned = load.next() if load else None
+        if load is None or planned is None:
             raise StopUser
-        body = self.load.prompts.body(planned)
+        body = load.prompts.body(planned)
         if planned.at is None:
-            self.load.send(planned, body, self.report)
+            load.send(planned, body, self.report)
         else:
-            gevent.sleep(max(0.0, self.load.began + planned.at - time.time()))
-            self.load.in_flight.spawn(self.load.send, planned, body, self.report)
+            gevent.sleep(max(0.0, load.began + planned.at - time.time()))
+            load.in_flight.spawn(load.send, planned, body, self.report)
 
     def wait_time(self) -> float:
         """No pause: the load decides when."""
@@ -42,7 +43,8 @@ class ChatUser(User):
 
     def on_stop(self) -> None:
         """Stays until the answers under way are complete."""
-        self.load.in_flight.join()
+        if self.load:
+            self.load.in_flight.join()
 
     def report(self, record: Record) -> None:
         """Shows a request in Locust's own statistics (its response length is the number of output tokens)."""

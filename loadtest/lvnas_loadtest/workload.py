@@ -90,6 +90,7 @@ class Workload:
             if self.requests is None or self.requests >= 1
             else f"requests {self.requests} must be at least 1",
             None if self.duration > 0 else f"duration {self.duration:g} s must be above 0",
+            None if self.timeout > 0 else f"timeout {self.timeout:g} s must be above 0",
             None if self.warmup >= 0 else f"warm-up {self.warmup:g} s must be 0 or more",
             None
             if self.requests is None or not self.warmup
@@ -98,8 +99,12 @@ class Workload:
             None if self.image_pool >= 1 else f"image pool {self.image_pool} must be at least 1",
             *(
                 None
-                if name in SLO_METRICS and limit > 0
-                else f"SLO {name}:{limit:g} must be one of ttft, tpot, e2el"
+                if name in SLO_METRICS
+                else f"SLO {name}:{limit:g} must be one of {', '.join(SLO_METRICS)}"
+                for name, limit in self.slo.items()
+            ),
+            *(
+                None if limit > 0 else f"SLO {name}:{limit:g} must be above 0 ms"
                 for name, limit in self.slo.items()
             ),
         ]

@@ -62,7 +62,7 @@ def workload_options(function: Any) -> Any:
     "--models", help="Or their names, separated by commas; without either, the adapters the server lists."
 )
 @workload_options
-@click.option("--out", type=click.Path(path_type=Path), default="loadtest", help="Report's folder.")
+@click.option("--out", type=click.Path(path_type=Path), default="loadtest-report", help="Report's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--allow-saturated", is_flag=True, help="Report even where the generator was the bottleneck.")
 @click.option("--locust", default="", help="More options for Locust, such as '--processes 2'.")
@@ -88,10 +88,9 @@ def run(url: str, pack: Path | None, models: str | None, out: Path, as_json: boo
         raise click.ClickException(saturation.refusal(saturated, out))
     if as_json:
         click.echo(json.dumps(result, indent=1))
-        return
-    # A pipe has no width; the table needs more than rich's 80 columns.
-    table.show(result, Console(width=None if sys.stdout.isatty() else 140))
-    click.echo(f"report: {out / 'report.html'}", err=True)
+    else:  # a pipe has no width; the table needs more than rich's 80 columns
+        table.show(result, Console(width=None if sys.stdout.isatty() else 140))
+        click.echo(f"report: {out / 'report.html'}", err=True)
     if not result["completed"]:
         raise click.ClickException("no counted request was answered")
     if result["canary"] and result["canary"]["wrong"]:
@@ -214,11 +213,11 @@ def resident(deployment: str, mixed: tuple[str, ...], uniform: tuple[str, ...], 
 
     from rich.console import Console
 
-    from lvnas_loadtest import specs
+    from lvnas.sizes import parse_bytes
     from lvnas_loadtest.deployments import adapters_of
     from lvnas_loadtest.resident import resident_capacity
 
-    limit = specs.size(memory) if memory else None
+    limit = parse_bytes(memory) if memory else None
     adapters = adapters_of(deployment, mixed, uniform)
     with Console(stderr=True).status("search starts") as status:
         found = resident_capacity(
@@ -227,6 +226,10 @@ def resident(deployment: str, mixed: tuple[str, ...], uniform: tuple[str, ...], 
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(found, indent=1))
+    if not found["adapters"]:
+        reason = found["tries"][0]["error"] or "too much memory"
+        raise click.ClickException(f"no adapter fits in {deployment}: {reason}")
+    if as_json:
         return
     for one in found["tries"]:
         click.echo(

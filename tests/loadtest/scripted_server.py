@@ -37,9 +37,9 @@ class Server:
 
     async def answer(self, path: str, body: dict, writer: asyncio.StreamWriter) -> None:
         if path == "/v1/models":
-            parents = {name: model.get("parent") for name, model in self.script.items()}
+            parents = {name: self.script.get(name, {}).get("parent") for name in sorted(self.loaded)}
             self.whole(
-                writer, 200, {"data": [{"id": name, "parent": parents[name]} for name in sorted(self.loaded)]}
+                writer, 200, {"data": [{"id": id, "parent": parent} for id, parent in parents.items()]}
             )
         elif path == "/metrics":
             lines = ['vllm:kv_cache_usage_perc{engine="0"} 0.25', f"vllm:num_requests_running {self.running}"]
@@ -48,7 +48,12 @@ class Server:
             await self.chat(body, writer)
         elif path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             name = body["lora_name"]
-            (self.loaded.discard if "unload" in path else self.loaded.add)(name)
+            unload = "unload" in path
+            refused = self.script.get(name, {}).get("fault") == "no load"
+            if (name in self.loaded) != unload or (refused and not unload):  # as vLLM does
+                words = f"The lora adapter '{name}' has {'not' if unload else 'already'} been loaded."
+                return self.whole(writer, 400, {"error": {"message": words}})
+            (self.loaded.discard if unload else self.loaded.add)(name)
             self.log.write(
                 json.dumps({"path": path, "model": name, "lora_path": body.get("lora_path")}) + "\n"
             )

@@ -1,7 +1,9 @@
 """Comparisons and capacities against scripted servers whose ratio and limit are known."""
 
+import contextlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from scipy import stats
 
 from lvnas.errors import InputError
+from lvnas_loadtest import resident
 from lvnas_loadtest.capacity import rate_capacity, search
 from lvnas_loadtest.compare import EFFECTS, SLOTS, USAGE, Plan, compare, ratio, ratios
 from lvnas_loadtest.deployments import KINDS, Deployment, Engine, deployments
@@ -117,8 +120,9 @@ def test_a_server_that_cannot_start_is_reported_and_gone(tmp_path):
     assert 0 < free_port() < 65536
 
 
-def test_what_the_resident_adapters_take(tmp_path):
-    """Stock slots at the highest rank for two adapters, the ragged pool at each module's own; 4 bytes a number."""
+@pytest.fixture
+def adapters(tmp_path):
+    """The folders of two small adapters, a and b."""
     ranks = {
         "model.language_model.layers.0.self_attn.q_proj": 4,
         "model.language_model.layers.0.mlp.up_proj": 16,
@@ -137,6 +141,40 @@ def test_what_the_resident_adapters_take(tmp_path):
         }
         save_file(weights, tmp_path / name / "adapter_model.safetensors")
         folders.append(str(tmp_path / name))
-    made = deployments(["stock-mixed", "ragged-mixed"], folders, [], tmp_path / "packs", slots=2)
+    return folders
+
+
+def test_packs_are_of_this_comparisons_adapters(adapters, tmp_path):
+    for chosen in (adapters, adapters[1:]):
+        [made] = deployments(["stock-mixed"], chosen, [], tmp_path / "packs")
+        assert [*made.engines[0].models] == [Path(folder).name for folder in chosen]
+        assert made.slots == len(chosen)
+
+
+def test_no_adapter_fits(lvnas, adapters, tmp_path, monkeypatch):
+    """The first try's error is the answer; no number below one is tried, and no copy of the adapters is left."""
+    errors = [InputError("the server ended (exit code 1): bad flag"), OSError(28, "No space left on device")]
+    for error in errors:
+
+        @contextlib.contextmanager
+        def broken(*_, error=error):
+            assert (tmp_path / "out/1-adapters/packs").exists()
+            raise error
+            yield
+
+        monkeypatch.setattr(resident, "running", broken)
+        options = ("--mixed", tmp_path / "a", "--memory", "6GB", "--out", tmp_path / "out")
+        code, out, err = lvnas("loadtest", "resident", "stock-mixed", *options)
+        assert code == 2 and out == ""
+        assert err.splitlines()[-1] == f"lvnas: no adapter fits in stock-mixed: {error}"
+        result = json.loads((tmp_path / "out/resident.json").read_text())
+        assert [one["adapters"] for one in result["tries"]] == [1]
+        assert (result["adapters"], result["limit_bytes"]) == (0, 6 * 10**9)
+        assert not list(tmp_path.glob("out/*/packs"))
+
+
+def test_what_the_resident_adapters_take(adapters, tmp_path):
+    """Stock slots at the highest rank for two adapters, the ragged pool at each module's own; 4 bytes a number."""
+    made = deployments(["stock-mixed", "ragged-mixed"], adapters, [], tmp_path / "packs", slots=2)
     assert [one.adapter_bytes for one in made] == [2 * 2 * 16 * 20 * 4, 2 * (4 + 16) * 20 * 4]
     assert [one.slots for one in made] == [2, 2]

@@ -1,15 +1,21 @@
 """The locustfile as Locust's own users start it: with the web UI."""
 
 import ast
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.parse
 import urllib.request
 
+import pytest
+
 from lvnas_loadtest.run import LOCUSTFILE
 from lvnas_loadtest.servers import free_port
+from lvnas_loadtest.workload import Workload
 
 
 def test_locust_is_imported_first():
@@ -20,6 +26,26 @@ def test_locust_is_imported_first():
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     assert isinstance(imports[0], ast.Import) and imports[0].names[0].name == "locust"
+
+
+@pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["alone", "workers"])
+def test_a_load_that_cannot_be_made_ends_the_test(options, serve, tmp_path):
+    """No user may be left to ask for ever for a load that its process does not have."""
+    server = serve({"a": {"ttft": [0.02], "gap": [0.002]}})
+    arrivals = f"trace:{tmp_path / 'none.csv'}"
+    Workload(url=server.url, adapters=["a"], arrivals=arrivals).write(tmp_path / "workload.json")
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", server.url, "--headless"]
+    command += ["--workload", str(tmp_path / "workload.json"), "--out", str(tmp_path), *options]
+    with (tmp_path / "locust.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        assert process.wait(60) == 2
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    errors = [line for line in (tmp_path / "locust.log").read_text().splitlines() if "ERROR" in line]
+    assert "cannot read the trace" in errors[0] and len(errors) < 10
 
 
 def get(url: str, form: dict | None = None) -> bytes:

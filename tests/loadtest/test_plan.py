@@ -122,9 +122,11 @@ def test_bad_trace(tmp_path, content):
 
 
 def test_trace_names_an_unknown_adapter(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"timestamp": 0, "model": "z"}\n')
+    """Said before anything is sent; without `--popularity trace` the names are not used."""
+    (tmp_path / "t.jsonl").write_text('{"timestamp": 0, "model": "a"}\n{"timestamp": 1, "model": "z"}\n')
     with pytest.raises(InputError, match="unknown adapter in the trace 'z'; allowed: a, b, c, d"):
-        list(Plan(workload(arrivals=f"trace:{tmp_path / 't.jsonl'}", popularity="trace")))
+        Plan(workload(arrivals=f"trace:{tmp_path / 't.jsonl'}", popularity="trace"))
+    assert len(list(Plan(workload(arrivals=f"trace:{tmp_path / 't.jsonl'}")))) == 2
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,13 @@ def test_trace_names_an_unknown_adapter(tmp_path):
         ({"image_share": 1.5}, "image share 1.5 must be from 0 to 1"),
         ({"users": 0, "duration": 0}, "users 0 must be at least 1; duration 0 s must be above 0"),
         ({"requests": 5, "warmup": 1}, "exclude each other"),
-        ({"slo": {"ttfx": 3}}, "must be one of ttft, tpot, e2el"),
+        (
+            {"prompt_tokens": "0"},
+            "prompt length '0' must be at least 1; allowed: N, uniform:LOW:HIGH, normal",
+        ),
+        ({"slo": {"ttfx": 3}}, "SLO ttfx:3 must be one of ttft, tpot, e2el"),
+        ({"slo": {"ttft": -5}}, "SLO ttft:-5 must be above 0 ms"),
+        ({"timeout": 0}, "timeout 0 s must be above 0"),
         ({"url": "ftp://x"}, "is not like http://127.0.0.1:8000"),
         ({"url": "http://x:99999"}, "is not like http://127.0.0.1:8000"),
     ],

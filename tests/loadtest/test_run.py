@@ -1,6 +1,7 @@
 """Whole runs (Locust in its own process) against scripted servers with known delays."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -104,6 +105,36 @@ def test_open_loop_in_two_processes(serve, tmp_path):
     assert result["max_concurrent_requests"] >= 25  # a closed loop would have one a process
     received = sorted(request["received"] for request in server.requests() if request["max_tokens"] > 1)
     assert received[-1] - received[0] == pytest.approx(39 / 20, abs=0.5)
+
+
+def test_what_was_not_ours_is_kept(serve, tmp_path):
+    server = serve({"a": {"ttft": [0.02], "gap": [0.002]}})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="holds something else"):
+        run(Workload(url=server.url, adapters=["a"]), tmp_path / "out")
+    assert (tmp_path / "out/thesis.tex").exists() and not server.requests()
+
+
+def test_a_missing_trace_and_a_bad_locust_option(serve, tmp_path):
+    server = serve({"a": {"ttft": [0.02], "gap": [0.002]}})
+    load = Workload(url=server.url, adapters=["a"], requests=1)
+    with pytest.raises(InputError, match=r"exit code 2\): .*--nonsense"):
+        run(load, tmp_path / "out", ["--nonsense", "3"])
+    missing = dataclasses.replace(load, arrivals=f"trace:{tmp_path / 'none.csv'}")
+    with pytest.raises(InputError, match=r"^cannot read the trace .*none.csv: No such file"):
+        run(missing, tmp_path / "out")
+    assert not server.requests() and not (tmp_path / "out").exists()
+
+
+def test_json_of_a_run_without_answers(lvnas, monkeypatch, serve, tmp_path):
+    server = serve({"a": {"ttft": [0.02], "gap": [0.002], "fault": "http 500"}})
+    monkeypatch.chdir(tmp_path)
+    options = ("--requests", 2, "--canary-every", "0s", "--allow-saturated", "--json")
+    code, out, err = lvnas("loadtest", server.url, *options)
+    assert (code, err.splitlines()[-1]) == (2, "lvnas: no counted request was answered")
+    assert json.loads(out)["failed"] == 2
+    assert (tmp_path / "loadtest-report/run.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is watched during a run: canary answers, adapters replaced, memory and metrics."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,12 @@ import pytest
 from lvnas.errors import InputError
 from lvnas_loadtest import server as server_side
 from lvnas_loadtest.canary import Canary
+from lvnas_loadtest.churn import Churn
 from lvnas_loadtest.packs import rank_class, read_pack
+from lvnas_loadtest.records import Record, read_records
 from lvnas_loadtest.run import run
 from lvnas_loadtest.sampler import host_bytes, parse
+from lvnas_loadtest.session import Session
 from lvnas_loadtest.workload import Workload
 
 MIB = 2**20
@@ -65,9 +69,9 @@ def test_adapters_that_the_canary_cannot_tell_apart_are_named(serve, tmp_path):
 
 
 def test_churn_replaces_adapters_without_failures(serve, tmp_path):
-    server = serve(
-        {name: {"ttft": [0.02], "gap": [0.005]} for name in ("a", "b", "a~1", "b~2", "a~3", "b~4")}
-    )
+    quick = {"ttft": [0.02], "gap": [0.005]}
+    later = {name: quick | {"unloaded": True} for name in ("a~1", "b~2", "a~3", "b~4")}
+    server = serve({"a": quick, "b": quick} | later)
     load = Workload(
         url=server.url, adapters=["a", "b"], users=4, duration=4, churn=1.5, output_tokens="4",
         adapter_paths={"a": "/pack/adapters/a-1", "b": "/pack/adapters/b-1"},
@@ -84,6 +88,57 @@ def test_churn_replaces_adapters_without_failures(serve, tmp_path):
     assert (
         result["temperature"]["cold"]["completed"] >= 4
     )  # the first of each, and the first of each new name
+
+
+@pytest.fixture
+def churned(serve):
+    """A server of a and b, a churn whose step for `a` was cut short before the old name was unloaded, and the
+    route of `a` moved."""
+
+    def make(script):
+        server = serve(script | {"a~1": {"unloaded": True}})
+        load = Workload(
+            url=server.url, adapters=["a", "b"], churn=60.0, adapter_paths={"a": "/pack/a", "b": "/pack/b"}
+        )
+        churn = Churn(load, lambda adapter, url, model: load.routes.update({adapter: [url, model]}))
+        server_side.post(server.url, "/v1/load_lora_adapter", {"lora_name": "a~1", "lora_path": "/pack/a"})
+        load.routes["a"] = [server.url, "a~1"]
+        return server, load, churn
+
+    return make
+
+
+def test_names_that_are_still_served_are_not_loaded_again(churned):
+    server, load, churn = churned({"a": {}, "b": {}})
+    churn.restore(9.0)
+    assert churn.events == []
+    assert server_side.served_models(server.url) == ["a", "b"]
+    assert load.route("a") == (server.url, "a")
+
+
+def test_an_adapter_that_cannot_be_restored_is_noted(churned):
+    server, load, churn = churned({"a": {"unloaded": True, "fault": "no load"}, "b": {"unloaded": True}})
+    server_side.post(server.url, "/v1/load_lora_adapter", {"lora_name": "b~2", "lora_path": "/pack/b"})
+    load.routes["b"] = [server.url, "b~2"]
+    churn.restore(9.0)
+    [event] = churn.events
+    assert (event["at"], event["adapter"]) == (9.0, "a") and "has already been loaded" in event["error"]
+    assert server_side.served_models(server.url) == ["a~1", "b"]
+
+
+def test_the_records_are_written_before_adapters_are_restored(serve, tmp_path, monkeypatch):
+    server = serve({"a": {"ttft": [0.01], "gap": [0.001]}})
+    load = Workload(url=server.url, adapters=["a"], churn=60.0, adapter_paths={"a": "/pack/a"})
+    load.write(tmp_path / "workload.json")
+    session = Session(str(tmp_path / "workload.json"), str(tmp_path), None, None)
+    session.prepare(lambda *_: None)
+    session.begin()
+    session.collect([dataclasses.asdict(Record(adapter="a"))], {})
+    monkeypatch.setattr(session.churn, "restore", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.finish()
+    assert len(read_records(tmp_path / "records.jsonl")) == 1
+    assert json.loads((tmp_path / "run.json").read_text())["churn"] == []
 
 
 def test_churn_needs_the_pack(serve, tmp_path):
