@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import random_models
+import torch
 from engine import Engine
 
 from lvnas.files import provenance, write_json
@@ -61,6 +62,8 @@ def main(
         folders = {"none": [None] * adapters, "mixed": list(map(str, mixed)), "u64": list(map(str, u64))}
         common = {"model": str(base), "max_num_seqs": adapters, "max_model_len": 256}
         common["max_num_batched_tokens"] = 1024
+        if torch.cuda.is_available():
+            common["gpu_memory_utilization"] = 0.25  # up to three engines side by side
         lora = {"enable_lora": True, "max_loras": adapters, "max_lora_rank": 64, "enforce_eager": not graphs}
         cores, plain = {"OMP_NUM_THREADS": str(threads or os.cpu_count())}, {"VLLM_PLUGINS": ""}
         lora["max_cpu_loras"] = 2 * adapters

@@ -34,7 +34,7 @@ class Job:
     def manager(self):
         return self.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)[0]
 
-    def generate(self, requests, tokens):
+    def generate(self, requests, tokens, prompt_logprobs=None):
         """Greedy ids and their log probabilities of [prompt ids, adapter or None, image file...], batched together."""
         prompts = [
             {"prompt_token_ids": ids, "multi_modal_data": {"image": [Image.open(file) for file in images]}}
@@ -43,7 +43,12 @@ class Job:
             for ids, _, *images in requests
         ]
         params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+            prompt_logprobs=prompt_logprobs,
         )
         loras = [self.adapters.get(name) for _, name, *_ in requests]
         outputs = self.llm.generate(prompts, params, lora_request=loras, use_tqdm=False)

@@ -69,6 +69,13 @@ def own_elements(folder):
         return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
 
 
+def say(folder, **settings):
+    """The adapter folder, its configuration changed."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return folder
+
+
 def packed(out, adapters):
     """Name -> folder of each adapter in a `ragged` pack of them."""
     sources = [read_adapter(path, name) for name, path in adapters.items()]
@@ -80,7 +87,8 @@ def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapt
     small = {name: adapters[name] for name in ("a0", "a1")}
     big = adapter(base, tmp_path / "big", 50, ranks=(16,), share=1)
     embedding = adapter(base, tmp_path / "embedding", 51, share=0.2, also=("model.embed_tokens",))
-    everything = {**packed(tmp_path / "pack", small), "big": big, "embedding": embedding}
+    lying = say(adapter(base, tmp_path / "lying", 52, ranks=(32,), share=0.2), rank_pattern={})
+    everything = {**packed(tmp_path / "pack", small), "big": big, "embedding": embedding, "lying": lying}
     ask = requests(5, [None, "a0"], 4)
     steps = [
         ["state"],
@@ -93,6 +101,7 @@ def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapt
         ["generate", [[[1, 2, 3], "big"]], 4],
         ["generate", ask, 6],
         ["load", "embedding"],
+        ["load", "lying"],
         ["unload", "a1"],
         ["state"],
         ["unload", "a0"],
@@ -101,7 +110,9 @@ def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapt
     environment = {"LVNAS_PACK": str(tmp_path / "pack")}
     engine = {"model": str(base), **ENGINE, "max_loras": 2}
     results, log = run_job(tmp_path / "job", True, steps, everything, environment, **engine)
-    at_start, broken, after_break, a0, a1, refused, good, in_request, still_good, vocabulary, *rest = results
+    at_start, broken, after_break, a0, a1, refused, good, in_request, still_good, vocabulary, above, *rest = (
+        results
+    )
     own = sum(own_elements(path) for path in small.values())
     assert own <= at_start["capacity"] <= 1.02 * own + 64
     assert (
@@ -121,6 +132,7 @@ def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapt
     for (prompt, name), (ids, _) in zip(ask, good, strict=True):
         assert ids == oracle.greedy(prompt, name, ids)
     assert "input embedding" in vocabulary["error"]
+    assert "a module of rank 32, above --max-lora-rank 16" in above["error"]
     _, without_a1, _, empty = rest
     assert without_a1["admitted"] == ["a0"] and without_a1["used"] > 0
     assert empty["used"] == empty["table"] == 0 and empty["admitted"] == empty["active"] == []
@@ -128,6 +140,27 @@ def test_capacity_from_the_manifest_refusals_and_roll_back(tmp_path, base, adapt
         r"adapters take ([\d.]+) MiB; padded slots would take ([\d.]+) MiB .*: (-?\d+) KV-cache", log
     )
     assert float(line[2]) > float(line[1]) and int(line[3]) > 0
+
+
+def test_every_slot_at_the_highest_rank_and_prompt_log_probabilities(tmp_path, base):
+    """Rank 1 of a head of 264 columns needs alignment; vLLM asks for prompt log-probabilities request by request,
+    with fewer rows than the step has requests."""
+    adapters = {
+        f"full{i}": say(adapter(base, tmp_path / f"full{i}", i, ranks=(1,), share=1, also=("lm_head",)), r=1)
+        for i in range(3)
+    }
+    asks = [[[7, 8 + i, 9], name] for i, name in enumerate([*adapters, None, *adapters, *adapters])]
+    steps = [*(["load", name] for name in adapters), ["generate", asks, 4, 1], ["generate", asks, 4]]
+    engine = {**ENGINE, "max_lora_rank": 1, "max_cpu_loras": 3}
+    (*loaded, with_prompts, without), log = run_job(
+        tmp_path / "job", True, steps, adapters, model=str(base), **engine
+    )
+    assert loaded == [True] * 3
+    assert [ids for ids, _ in with_prompts] == [ids for ids, _ in without]
+    oracle = Peft(base, adapters)
+    for (prompt, name), (ids, _) in zip(asks, without, strict=True):
+        assert ids == oracle.greedy(prompt, name, ids), name
+    assert "prompt log-probabilities leave out LoRA on the output head" in log
 
 
 def test_adapter_memory_that_cannot_hold_the_pack_is_refused_at_start(tmp_path, base, adapters):

@@ -41,7 +41,10 @@ def run(y, x, site, slots):
 
     highest = max(16, int(site.table[..., 2].max()))
     add_ragged_lora(
-        y, x, site.arena, site.table, site.device_bounds, *segments(slots), highest, max(SITE.outputs)
+        y,
+        x,
+        *(site.arena, site.table, site.device_bounds, *segments(slots)),
+        *(highest, max(site.outputs), all(outputs % 16 == 0 for outputs in site.outputs)),
     )
 
 
@@ -86,7 +89,7 @@ def test_the_op_traces_without_a_device():
     real += segments(np.zeros(2, np.int32))
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(tensor) for tensor in real]
-        assert add_ragged_lora(*fake, 16, 80) is None
+        assert add_ragged_lora(*fake, 16, 80, False) is None
 
 
 @interpreted

@@ -14,7 +14,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from lvnas_vllm.ragged import report
-from lvnas_vllm.ragged.arena import Arena, Ledger
+from lvnas_vllm.ragged.arena import Arena, Ledger, aligned
 from lvnas_vllm.ragged.capacity import choose
 from lvnas_vllm.ragged.layers import RaggedLayer
 from lvnas_vllm.ragged.layout import Packed, pack, plan, ranks_of
@@ -40,11 +40,12 @@ class RaggedModelManager(LRUCacheLoRAModelManager):
         self.packed: dict[int, Packed] = {}
         dtype, slots = self.lora_config.lora_dtype, self.capacity if self.shared else self.lora_slots
         padded = sum(module.padded_elements() for module in self.covered.values())
-        self.room = choose(
-            self.sites, slots, dtype.itemsize, padded * slots // self.lora_slots, self._place_of
-        )
+        highest = [[self.lora_config.max_lora_rank] * site.slices for site in self.sites]
+        largest = aligned(plan(self.sites, highest)[1])
+        self.room = choose(self.sites, slots, dtype.itemsize, slots * largest, self._place_of)
         commit = self.room.reserved or not self.shared
         self.arena = Arena.allocate(self.room.elements, dtype, self.device, commit)
+        vllm_internals.mark_compiled_code(self.room.elements)
         self.ledger = Ledger(self.arena.capacity, slots)
         rows = sum(site.slices for site in self.sites)
         self.table = torch.zeros(rows, self.lora_slots, 3, dtype=torch.int64, device=self.device)
@@ -75,6 +76,12 @@ class RaggedModelManager(LRUCacheLoRAModelManager):
             for name, module in self.covered.items()
         ]
         table, elements = plan(self.sites, ranks_of(self.sites, pairs))
+        if (rank := int(table[:, 2].max())) > self.lora_config.max_lora_rank:
+            # vLLM looks at the configuration only; the GPU's buffers have this many columns.
+            raise ValueError(
+                f"adapter refused: it has a module of rank {rank}, above --max-lora-rank "
+                f"{self.lora_config.max_lora_rank}; raise that"
+            )
         self.ledger.admit(lora_model.id, elements, self.arena.data.element_size())
         try:
             if self.shared:
@@ -122,7 +129,9 @@ class RaggedModelManager(LRUCacheLoRAModelManager):
             if lora_id in self.lora_index_to_id:
                 slot = self.lora_index_to_id.index(lora_id)
                 rows = self.packed[lora_id].table + torch.tensor([start, start, 0])
-                self.table[:, slot].copy_(rows)
+                if not self.shared:
+                    rows = rows.pin_memory()  # else the host would wait for the steps under way
+                self.table[:, slot].copy_(rows, non_blocking=True)
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:

@@ -44,14 +44,19 @@ def tuning(tokens: int, inputs: int) -> Tuning:
 
 
 @triton.jit
-def segment_tokens(members, counts, starts, index, block, BLOCK_T: tl.constexpr):
-    """The tokens [BLOCK_T] of a block of segment `index`, and which of them exist."""
+def segment_tokens(members, counts, starts, index, block, T, BLOCK_T: tl.constexpr):
+    """The tokens [BLOCK_T] of a block of segment `index`, and which of them exist.
+
+    Prompt log-probabilities come with fewer rows than their mapping has tokens.
+    """
     offsets = block * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = offsets < tl.load(counts + index)
-    return tl.load(members + tl.load(starts + index) + offsets, mask=exists, other=0).to(tl.int64), exists
+    tokens = tl.load(members + tl.load(starts + index) + offsets, mask=exists, other=0).to(tl.int64)
+    return tokens, exists & (tokens < T)
 
 
-@triton.jit
+# A variant for T a multiple of 16 and one for the rest would be compiled while requests wait.
+@triton.jit(do_not_specialize=["T"])
 def shrink_kernel(
     x, arena, table, h, members, counts, starts, active,
     T, D, slots, max_rank, x_stride,
@@ -73,7 +78,7 @@ def shrink_kernel(
         return
     if token_block * BLOCK_T >= tl.load(counts + index):
         return
-    tokens, exists = segment_tokens(members, counts, starts, index, token_block, BLOCK_T)
+    tokens, exists = segment_tokens(members, counts, starts, index, token_block, T, BLOCK_T)
     rows = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     a = arena + tl.multiple_of(tl.load(entry), 16)
     total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
@@ -92,19 +97,19 @@ def shrink_kernel(
     tl.store(h + place[:, None] + rows[None, :], total, mask=exists[:, None] & (rows < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "out_blocks"])
 def expand_kernel(
     y, arena, table, h, bounds, members, counts, starts, active,
-    T, slots, max_rank, y_stride,
+    T, slots, max_rank, y_stride, out_blocks,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-    OUT_BLOCKS: tl.constexpr, SPLITS: tl.constexpr, IEEE: tl.constexpr,
+    SPLITS: tl.constexpr, ALIGNED: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """y[t, columns of slice] += sum over r of (sum over splits of h[split, slice, t, r]) B[r, column]."""
     block, slice_index, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(active + index)
     if slot < 0:
         return
-    out_block, token_block = block % OUT_BLOCKS, block // OUT_BLOCKS
+    out_block, token_block = block % out_blocks, block // out_blocks
     entry = table + (slice_index * slots + slot) * 3
     rank = tl.load(entry + 2)
     if rank == 0:
@@ -113,9 +118,11 @@ def expand_kernel(
         return
     low = tl.load(bounds + slice_index)
     outputs = tl.load(bounds + slice_index + 1) - low
+    if ALIGNED:  # 16 bytes of B and y at a time
+        low, outputs = tl.multiple_of(low, 16), tl.multiple_of(outputs, 16)
     if out_block * BLOCK_O >= outputs:
         return
-    tokens, exists = segment_tokens(members, counts, starts, index, token_block, BLOCK_T)
+    tokens, exists = segment_tokens(members, counts, starts, index, token_block, T, BLOCK_T)
     columns = out_block * BLOCK_O + tl.arange(0, BLOCK_O)
     b = arena + tl.multiple_of(tl.load(entry + 1), 16)
     total = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
@@ -152,6 +159,7 @@ def add_ragged_lora(
     segments: torch.Tensor,
     max_rank: int,
     widest: int,
+    aligned: bool,
 ) -> None:
     """y[t, slice] += (x[t] A^T) B^T for every token with an adapter, in place.
 
@@ -162,7 +170,7 @@ def add_ragged_lora(
         members: int32 [T], tokens by segment; counts, starts: int32, each segment's tokens and first member.
         active: int32, each segment's slot, below 0 for none.
         no_lora: bool [1] on CPU, whether no token has an adapter; segments: int32 [1] on CPU, how many to launch.
-        max_rank: the highest R that can occur; widest: the largest O.
+        max_rank: the highest R that can occur; widest: the largest O; aligned: every O is a multiple of 16.
     """
     if no_lora.item() or not x.shape[0]:
         return
@@ -183,12 +191,14 @@ def add_ragged_lora(
     )
     out_blocks = triton.cdiv(widest, chosen.outputs)
     expand_kernel[(blocks * out_blocks, slices, launched)](
-        *(y, arena, table, h, bounds, *segment, tokens, slots, max_rank, y.stride(0)),
-        *(chosen.tokens, BLOCK_R, chosen.outputs, out_blocks, chosen.splits, ieee),
+        *(y, arena, table, h, bounds, *segment, tokens, slots, max_rank, y.stride(0), out_blocks),
+        *(chosen.tokens, BLOCK_R, chosen.outputs, chosen.splits, aligned, ieee),
         **launch,
     )
 
 
 @add_ragged_lora.register_fake
-def _(y, x, arena, table, bounds, members, counts, starts, active, no_lora, segments, max_rank, widest):
+def _(
+    y, x, arena, table, bounds, members, counts, starts, active, no_lora, segments, max_rank, widest, aligned
+):
     return None

@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from lvnas_vllm.ragged import native
 from lvnas_vllm.ragged.runs import LONG, LONG_NATIVE, NO_RUNS, find_runs, token_slots
 from lvnas_vllm.ragged.torch_ops import SiteWeights, add_lora
+
+logger = init_logger("vllm.lvnas.ragged")
 
 
 class RaggedWrapperCPU(PunicaWrapperCPU):
@@ -37,9 +40,11 @@ class RaggedWrapperCPU(PunicaWrapperCPU):
     ):  # type: ignore[override]
         """The same for logits, whose rows are the sampled tokens; y may be wider than the vocabulary."""
         weights = lora_a_stacked.ragged.weights
-        add_lora(
-            y.view(-1, y.shape[-1])[:, : weights.outputs[0]],
-            x.view(-1, x.shape[-1]),
-            weights,
-            self.sampler_runs,
-        )
+        x = x.view(-1, x.shape[-1])
+        if not weights.table[..., 2].any():
+            return
+        if x.shape[0] < self.sampler_runs.tokens:
+            # vLLM computes prompt log-probabilities one request at a time and gives no mapping for them.
+            logger.warning_once("prompt log-probabilities leave out LoRA on the output head")
+            return
+        add_lora(y.view(-1, y.shape[-1])[:, : weights.outputs[0]], x, weights, self.sampler_runs)

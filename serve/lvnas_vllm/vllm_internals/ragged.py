@@ -106,6 +106,17 @@ def install_ragged() -> None:
     _load_adapters_before_queueing()
 
 
+def mark_compiled_code(elements: int) -> None:
+    """Makes the arena's size part of the key of vLLM's compiled code, in which it is a static shape.
+
+    Without it a server would load what another pack's server compiled, or one without ragged LoRA, and fail in its
+    first step.
+    """
+    from vllm import envs
+
+    envs.environment_variables["LVNAS_RAGGED_ELEMENTS"] = lambda: elements
+
+
 def _load_adapters_before_queueing() -> None:
     """Loads a request's adapter before it is queued, so that a refusal answers it and never ends a step.
 
