@@ -100,3 +100,17 @@ def test_the_switch(monkeypatch):
 
 def test_the_operator_path_is_said_in_words():
     assert operator_path().startswith(("native: ", "pure torch: ", "Triton"))
+
+
+def test_the_arena_is_part_of_the_key_of_compiled_code(monkeypatch):
+    """vllm.envs: `compile_factors` reads every entry of `environment_variables`."""
+    from vllm import envs
+
+    from lvnas_vllm.vllm_internals.ragged import mark_compiled_code
+
+    monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
+    found = [envs.compile_factors()]
+    for elements in (1024, 2048):
+        mark_compiled_code(elements)
+        found.append(envs.compile_factors())
+    assert len({str(factors) for factors in found}) == 3

@@ -4,6 +4,7 @@ The interpreter has to be chosen before triton is imported, so the first test ru
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,38 @@ def test_in_the_interpreter():
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout or "." in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("tuned", ["DECODE", "PREFILL"])
+def test_kernels_compile_for_a_gpu(tuned, aligned):
+    """To PTX of an H100 or H200, without one; aligned layers move more than a number at a time."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lvnas_vllm.ragged import triton_ops
+
+    tuning = getattr(triton_ops, tuned)
+    pointers = {"table": "*i64", "h": "*fp32", "x": "*bf16", "y": "*bf16", "arena": "*bf16"}
+    pointers |= dict.fromkeys(("members", "counts", "starts", "active", "bounds"), "*i32")
+    constants = {"BLOCK_T": tuning.tokens, "BLOCK_R": triton_ops.BLOCK_R, "BLOCK_D": tuning.inputs}
+    constants |= {"BLOCK_O": tuning.outputs, "SPLITS": tuning.splits, "ALIGNED": aligned, "IEEE": False}
+    multiples = {*pointers, "D", "max_rank", "x_stride", "y_stride"}
+    for kernel in (triton_ops.shrink_kernel, triton_ops.expand_kernel):
+        names = list(enumerate(kernel.arg_names))
+        source = ASTSource(
+            kernel,
+            {name: "constexpr" if name in constants else pointers.get(name, "i32") for _, name in names},
+            {(i,): constants[name] for i, name in names if name in constants},
+            {(i,): [["tt.divisibility", 16]] for i, name in names if name in multiples},
+        )
+        options = {"num_warps": tuning.warps, "num_stages": tuning.stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert compiled.metadata.shared <= 100 * 1024
+        single = re.findall(r"(?:ld|st)\.global[^;]*\.b16", compiled.asm["ptx"])
+        assert not single or (kernel is triton_ops.expand_kernel and not aligned)
 
 
 def segments(slots):
