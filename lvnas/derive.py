@@ -20,6 +20,7 @@ from lvnas.ranks import RankPlan, check_scaling
 from lvnas.supernet import factor
 
 FORMAT = "lvnas-adapter/1"
+FACTS = "lvnas.json"
 
 
 def derive(
@@ -47,6 +48,9 @@ def derive(
         modules.
     """
     parameters = plan.parameters(shapes)
+    files.refuse_foreign(out, FACTS)
+    if "finetune" in (files.read_json(out / FACTS) if (out / FACTS).exists() else {}):
+        raise InputError(f"{out} holds a fine-tuned adapter: choose another --out or remove it")
     if parameters == 0:
         raise InputError("every rank of the plan is 0; an adapter needs at least one module")
     trained, scale = _read_update(update) if update else ({}, plan.scale)
@@ -74,7 +78,7 @@ def derive(
             seed=seed,
             search=dict(plan.provenance),
         )
-        files.write_json(folder / "lvnas.json", facts | {"provenance": made})
+        files.write_json(folder / FACTS, facts | {"provenance": made})
 
 
 def derive_file(

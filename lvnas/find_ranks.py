@@ -15,7 +15,8 @@ from lvnas.errors import InputError
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.repeats import mean_gains, seeds_of
 from lvnas.search import fit
-from lvnas.strategies import SearchConfig, make_strategy
+from lvnas.strategies import SearchConfig, check_method, make_strategy
+from lvnas.task_search import no_gains
 
 
 def find_ranks(
@@ -79,6 +80,10 @@ def find_ranks(
         seed=seed,
         options=dict(options or {}),
     )
+    if not isinstance(budget, Budget):
+        budget = Budget(params=budget)
+    check_method(method)
+    plan_ranks(no_gains(model, config), budget, max_rank=max_rank)  # refuses what it would after the search
     training = model.training
     grads = {name: p.requires_grad for name, p in model.named_parameters()}
     streams = Cycle(batches[::2]), Cycle(batches[1::2])
@@ -97,8 +102,6 @@ def find_ranks(
                     parameter.requires_grad_(grads[name])
                 model.train(training)
     gains = mean_gains(found_gains)
-    if not isinstance(budget, Budget):
-        budget = Budget(params=budget)
     plan = RankPlan(
         ranks=plan_ranks(gains, budget, max_rank=max_rank),
         method=method,

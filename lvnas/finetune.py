@@ -74,6 +74,7 @@ def finetune(
         if done.get("identity") == identity:
             return done
         raise InputError(f"{out} already holds another adapter; choose a new --out or remove it")
+    files.refuse_foreign(out, STATE)
     examples = tasks.load_task(task).splits["train"]
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     set_seed(config.seed)

@@ -1,9 +1,15 @@
-"""`lvnas pack --push-to-hub`: packed adapters as model repositories on the Hugging Face Hub."""
+"""The Hugging Face Hub: where bases of short names are, and `lvnas pack --push-to-hub`."""
 
 from pathlib import Path
 from typing import Any
 
 from lvnas.errors import InputError
+
+HUB = {
+    "llama-3.2-11b-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama-3.2-90b-vision": "meta-llama/Llama-3.2-90B-Vision-Instruct",
+}
+"""Short name of a base -> its repository."""
 
 
 def repositories(manifest: dict[str, Any], target: str) -> dict[str, str]:

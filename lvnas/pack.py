@@ -20,6 +20,7 @@ from lvnas.adapter_config import CONFIG_NAME
 from lvnas.adapters import METADATA_FORMAT, METADATA_NAME, WEIGHTS_NAME, Adapter
 from lvnas.cards import CARD_NAME, model_card
 from lvnas.errors import InputError
+from lvnas.hub import HUB
 from lvnas.packfolder import MANIFEST_FORMAT, PackFolder
 from lvnas.prepare import PackOptions, Prepared, prepare
 from lvnas.serving import check_names, groups, serve_settings, serving_files
@@ -85,7 +86,7 @@ def common_base(adapters: list[Adapter], base: str | None) -> str:
 
 
 def _last_part(base: str) -> str:
-    return base.rstrip("/").rpartition("/")[2].lower()
+    return HUB.get(base, base).rstrip("/").rpartition("/")[2].lower()
 
 
 def _pack_one(

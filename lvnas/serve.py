@@ -20,6 +20,7 @@ from lvnas.errors import InputError, unknown
 from lvnas.layouts import legal_rank
 from lvnas.packfolder import MANIFEST_NAME, hash_files, read_manifest
 from lvnas.serving import check_names, serve_settings
+from lvnas.sizes import parse_bytes
 from lvnas.sources import find_adapters
 from lvnas.tensorfile import BrokenFile
 
@@ -96,6 +97,7 @@ def plan(sources: Sequence[str], options: ServeOptions) -> Launch:
     if options.runtime_adapters:
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if options.adapter_memory:
+        parse_bytes(options.adapter_memory)
         env["LVNAS_ADAPTER_MEMORY"] = options.adapter_memory
     command = _command(bases.resolve(name))
     return Launch(

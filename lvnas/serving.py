@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lvnas.errors import InputError
+from lvnas.hub import HUB
 
 SLOTS = 8
 """Adapters that are resident at once (max_loras) unless the user says otherwise."""
@@ -80,7 +81,7 @@ def _script(base: str, group: dict[str, Any], paths: dict[str, str]) -> str:
         "#!/bin/sh\n"
         f"# The engine of group {group['name']}; more options of vLLM can follow, such as --port 8001\n"
         'cd "$(dirname "$0")/../.." || exit 1\n'
-        f"exec vllm serve {shlex.quote(base)} --enable-lora {' '.join(flags)} \\\n"
+        f"exec vllm serve {shlex.quote(HUB.get(base, base))} --enable-lora {' '.join(flags)} \\\n"
         f'  --lora-modules {modules} "$@"\n'
     )
 

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from lvnas import distributed, files
+from lvnas import bases, distributed, files
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.errors import InputError
+from lvnas.modules import find_targets
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.repeats import run_repeats
 from lvnas.search import MEAN, SCORES, Shuffled, keep_mean, run
@@ -42,6 +45,10 @@ def search_task(
     """
     out = Path(out)
     check_scaling(scaling)
+    check_method(config.method)
+    plan_ranks(
+        no_gains(bases.meta_model(base), config), budget, max_rank=max_rank
+    )  # refuses what it would later
     gains = search_tasks({task: out}, base, config, repeats=repeats, dtype=dtype)[task]
     ranks = plan_ranks(gains, budget, max_rank=max_rank)
     costs = budget.costs(gains)
@@ -49,6 +56,14 @@ def search_task(
     spent |= {"spent": costs.spent(ranks)}
     facts = {"budget": dataclasses.asdict(budget), "repeats": repeats}
     return write_plan(out, task, base, config, gains, ranks, scaling, **facts) | spent
+
+
+def no_gains(model: nn.Module, config: SearchConfig) -> Gains:
+    """Gains of 0 for `model`: with them an allocation fails where it would fail after the search."""
+    space = check_space(config.ranks)
+    shapes = {n: (m.in_features, m.out_features) for n, m in find_targets(model, config.targets).items()}
+    zeros = np.zeros((len(shapes), len(space)))
+    return Gains(shapes=shapes, ranks=space, values=zeros, errors=zeros, chooses=config.method == "darts")
 
 
 def search_tasks(
@@ -61,10 +76,9 @@ def search_tasks(
     Raises:
         InputError: an unknown base, task or method, or settings that do not fit.
     """
-    from lvnas import bases, tasks
+    from lvnas import tasks
     from lvnas.tasks.batches import Collator
 
-    check_method(config.method)
     splits = {task: tasks.load_task(task).splits for task in folders}
     model, processor = bases.load(base, dtype=dtype)
     device = distributed.join()

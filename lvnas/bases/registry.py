@@ -9,11 +9,8 @@ from torch import nn
 
 from lvnas.bases.vision_features import set_vision_features
 from lvnas.errors import InputError, unknown
+from lvnas.hub import HUB
 
-HUB = {
-    "llama-3.2-11b-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
-    "llama-3.2-90b-vision": "meta-llama/Llama-3.2-90B-Vision-Instruct",
-}
 BASES = ("tiny", *HUB)
 """The short names; any other Hub id (`owner/name`) or folder works as well."""
 

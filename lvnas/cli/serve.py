@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import click
 
@@ -28,6 +29,7 @@ def command(
     PACK is a folder that `lvnas pack` made; ADAPTER is a PEFT adapter's folder or NAME=FOLDER. What follows
     the first flag that is not listed here goes to vLLM as it is; its own flags override the defaults.
     """
+    from lvnas.errors import InputError
     from lvnas.serve import ServeOptions, plan, run
 
     sources = list(arguments)
@@ -39,6 +41,8 @@ def command(
         adapter_memory=adapter_memory,
         flags=sources[first:],
     )
+    if any((Path(part) / "manifest.json").exists() for part in options.flags):
+        raise InputError(f"{' '.join(options.flags)}: put the pack before vLLM's flags")
     launch = plan(sources[:first], options)
     for note in launch.notes:
         click.echo(f"note: {note}", err=True)

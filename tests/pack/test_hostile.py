@@ -306,6 +306,15 @@ def test_another_base_or_shape(tmp_path: Path) -> None:
         check_base(adapter, shapes, BASE)
 
 
+def test_a_short_name_and_its_repository_are_one_base(tmp_path: Path) -> None:
+    hub = "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    short = read_adapter(make_adapter(tmp_path / "a", base_model_name_or_path="llama-3.2-11b-vision"))
+    long = read_adapter(make_adapter(tmp_path / "b", base_model_name_or_path=hub))
+    pack([short, long], tmp_path / "pack", PackOptions(layout="group"))
+    [script] = (tmp_path / "pack").glob("serving/*/*.sh")
+    assert f"vllm serve {hub} " in script.read_text()
+
+
 def test_adapters_of_two_bases_or_with_one_name(tmp_path: Path) -> None:
     first = read_adapter(make_adapter(tmp_path / "a"))
     other = read_adapter(make_adapter(tmp_path / "b", base_model_name_or_path="example/other"))

@@ -162,6 +162,21 @@ def test_inherited_adapter_is_the_best_approximation(tmp_path, shapes):
             torch.testing.assert_close(rest, torch.linalg.svdvals(product)[1], rtol=1e-3, atol=1e-4)
 
 
+def test_never_replaces_what_it_did_not_make(tmp_path, shapes):
+    plan = mixed(shapes)
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search/ranks.json").write_text("{}")
+    with pytest.raises(InputError, match="search holds something else"):
+        derive(plan, shapes, tmp_path / "search")
+    derive(plan, shapes, tmp_path / "adapter")
+    derive(plan, shapes, tmp_path / "adapter", seed=1)
+    facts = json.loads((tmp_path / "adapter/lvnas.json").read_text())
+    (tmp_path / "adapter/lvnas.json").write_text(json.dumps({**facts, "finetune": {}}))
+    with pytest.raises(InputError, match="adapter holds a fine-tuned adapter"):
+        derive(plan, shapes, tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "search"]
+
+
 def test_bad_input(tmp_path, shapes):
     out = tmp_path / "adapter"
     with pytest.raises(InputError, match="every rank of the plan is 0"):

@@ -38,7 +38,7 @@ def test_search_and_derive(lvnas, raw_tiny, tmp_path):
     ("arguments", "message"),
     [
         (("codewords", "--method", "dart"), "unknown method 'dart'; allowed: darts, score"),
-        (("codeword",), "unknown task 'codeword'"),
+        (("codeword", "--ratio", "2"), "unknown task 'codeword'"),
         (("codewords", "--ranks", "4,x"), "'4,x' are not whole numbers"),
         (("codewords", "--ranks", "4"), "two or more different"),
         (("codewords", "--scaling", "rs"), "unknown scaling 'rs'; allowed: constant, alpha, rslora"),
@@ -47,13 +47,19 @@ def test_search_and_derive(lvnas, raw_tiny, tmp_path):
         (("codewords", "--method", "uniform"), "this method needs a budget; give one of params, ratio"),
         (("codewords", "--method", "uniform", "--params", "1k"), "cannot be reached"),
         (("codewords", "--method", "uniform", "--params", "many"), "not a number of parameters"),
+        (("codewords", "--budget-by", "latency", "--ratio", "2"), "latency must be measured"),
+        (("codewords", "--ratio", "2", "--max-rank", "1"), "highest rank 1 leaves no rank"),
+        (
+            ("codewords", "inverted", "--joint", "--ratio", "2", "--weight", "largest=2"),
+            "task in weights 'largest'",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(lvnas, raw_tiny, tmp_path, arguments, message):
     code, _, errors = lvnas("search", *arguments, "--base", raw_tiny, "--out", tmp_path / "out")
     assert code == 2
     assert message in errors.splitlines()[-1]
-    assert not (tmp_path / "out/ranks.json").exists()
+    assert not (tmp_path / "out").exists(), "refused before anything was searched"
 
 
 def test_repeated_searches(lvnas, raw_tiny, tmp_path):

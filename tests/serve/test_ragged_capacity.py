@@ -19,19 +19,6 @@ def write_pack(folder, *adapters):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("1500", 1500), ("512MiB", 2**29), ("2 GiB", 2**31), ("1.5kB", 1500), ("3 B", 3)]
-)
-def test_sizes(text, size):
-    assert capacity.parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "0GiB", "-1", "2 gigs", "GiB", "1e9", "1 2"])
-def test_what_is_not_a_size(text):
-    with pytest.raises(InputError, match=r"not a memory size: .*; allowed: a number above 0"):
-        capacity.parse_bytes(text)
-
-
 @pytest.fixture(autouse=True)
 def no_runtime_adapters(monkeypatch):
     monkeypatch.delenv(capacity.RUNTIME, raising=False)

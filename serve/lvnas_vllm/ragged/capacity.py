@@ -1,19 +1,18 @@
 """How large the arena is: from a pack's manifest, a number of bytes, or as large as vLLM's padded buffers."""
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lvnas.errors import InputError
 from lvnas.files import read_json
+from lvnas.sizes import parse_bytes
 from lvnas_vllm.ragged.arena import aligned
 from lvnas_vllm.ragged.layout import Site, plan
 
 MEMORY, PACK = "LVNAS_ADAPTER_MEMORY", "LVNAS_PACK"
 RUNTIME = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -24,20 +23,6 @@ class Capacity:
     source: str
     reserved: bool
     """Whether the memory is set aside at start; if not, the system gives it as adapters arrive (CPU only)."""
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from a number with an optional unit: "1500000", "512MiB", "2 GB".
-
-    Raises:
-        InputError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2] not in UNITS or not float(match[1]):
-        raise InputError(
-            f"not a memory size: {text!r}; allowed: a number above 0 with one of {', '.join(UNITS)[2:]}"
-        )
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def manifest_sizes(
