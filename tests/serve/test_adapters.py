@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from cases import Case, draw_cases, draw_image
-from conftest import ADAPTERS
+from many_adapters import ADAPTERS
 from served import compare
 
 

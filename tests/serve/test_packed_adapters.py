@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cases import draw_batches, draw_cases
-from conftest import ADAPTERS
+from many_adapters import ADAPTERS
 from served import compare
 from vllm.lora.request import LoRARequest
 

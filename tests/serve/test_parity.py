@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from cases import Case, draw_batches, draw_cases
-from conftest import ADAPTERS, DTYPE
+from many_adapters import ADAPTERS, DTYPE
 from served import compare
 
 TOLERANCES = {"float32": (1e-4, 1e-4), "float16": (0.01, 0.03), "bfloat16": (0.05, 0.2)}
