@@ -229,9 +229,14 @@ def report(cells: Cells, searches: dict, pressed: list[dict], cost: Path) -> str
     )
     for row in pressed:
         uniform = ", ".join(f"{rank:g}: {loss:.3f}" for rank, loss in row["uniform"].items())
+        scored = ", ".join(f"{budget:g}: {loss:.3f}" for budget, loss in row["score"].items())
+        reached = (
+            f"`score` reaches its loss at {row['needed']:.2f}, {row['below_uniform_64']:.0f} times below uniform 64"
+            if row["needed"] < float("inf")
+            else "`score` does not reach its loss within these budgets"
+        )
         parts.append(
-            f"{row['task']}: uniform {uniform}; rank {row['sufficient']:g} suffices, `score` reaches its loss at "
-            f"{row['needed']:.2f}, {row['below_uniform_64']:.0f} times below uniform 64."
+            f"{row['task']}: uniform {uniform}; `score` {scored}; rank {row['sufficient']:g} suffices, {reached}."
         )
     return "\n\n".join(parts)
 
@@ -252,8 +257,10 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="folder for rank_search.png and rank_search_curve.png")
     parser.add_argument("--page", type=Path, help="page to put the tables in, between its marks")
     arguments = parser.parse_args()
-    cells = read_rows(arguments.runs)
-    pressed = compression(cells)
+    # A run of the curve has other learning rates and no random plans; comparisons are among plans of the same rates.
+    settings = {run: files.read_json(run / "settings.json")["settings"] for run in arguments.runs}
+    cells = read_rows(run for run, made in settings.items() if made["random"])
+    pressed = compression(read_rows(run for run, made in settings.items() if made["curve"]))
     text = report(cells, read_searches(arguments.runs), pressed, arguments.runs[0].parent / "cost.json")
     print(text)
     if arguments.page:
