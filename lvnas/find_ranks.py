@@ -15,7 +15,7 @@ from lvnas.errors import InputError
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.repeats import mean_gains, seeds_of
 from lvnas.search import fit
-from lvnas.strategies import SearchConfig, check_method, make_strategy
+from lvnas.strategies import SearchConfig, make_strategy
 from lvnas.task_search import no_gains
 
 
@@ -82,7 +82,6 @@ def find_ranks(
     )
     if not isinstance(budget, Budget):
         budget = Budget(params=budget)
-    check_method(method)
     plan_ranks(no_gains(model, config), budget, max_rank=max_rank)  # refuses what it would after the search
     training = model.training
     grads = {name: p.requires_grad for name, p in model.named_parameters()}

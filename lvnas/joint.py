@@ -15,7 +15,7 @@ from lvnas import bases, distributed, files
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.errors import InputError, unknown
 from lvnas.ranks import check_scaling
-from lvnas.strategies import Gains, SearchConfig, check_method
+from lvnas.strategies import Gains, SearchConfig
 from lvnas.task_search import no_gains, search_tasks, write_plan
 
 FORMAT = "lvnas-joint/1"
@@ -88,7 +88,6 @@ def search_jointly(
     folders = {task: Path(out) / Path(task).stem for task in tasks}
     if len(set(folders.values())) < len(tasks):
         raise InputError(f"tasks {', '.join(tasks)}: each needs a name of its own")
-    check_method(config.method)
     nothing = no_gains(bases.meta_model(base), config)
     allocate_jointly(
         dict.fromkeys(tasks, nothing), budget, weights=weights, max_rank=max_rank

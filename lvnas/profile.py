@@ -172,8 +172,7 @@ def _cuda_call(y: torch.Tensor, x: torch.Tensor, weights: Any, rank: int) -> Cal
     meta.prepare_tensors(torch.arange(len(x), device=x.device, dtype=torch.int32))
     segments = meta.meta_args(len(x), False)[1:]
     rest = (weights.arena, weights.table, weights.device_bounds, *segments, max(rank, 1), weights.outputs[0])
-    aligned = weights.outputs[0] % 16 == 0
-    return lambda: add_ragged_lora(y, x, *rest, aligned)
+    return lambda: add_ragged_lora(y, x, *rest, weights.aligned)
 
 
 def seconds_of(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:

@@ -45,10 +45,8 @@ def search_task(
     """
     out = Path(out)
     check_scaling(scaling)
-    check_method(config.method)
-    plan_ranks(
-        no_gains(bases.meta_model(base), config), budget, max_rank=max_rank
-    )  # refuses what it would later
+    nothing = no_gains(bases.meta_model(base), config)
+    plan_ranks(nothing, budget, max_rank=max_rank)  # refuses now what it would refuse after the search
     gains = search_tasks({task: out}, base, config, repeats=repeats, dtype=dtype)[task]
     ranks = plan_ranks(gains, budget, max_rank=max_rank)
     costs = budget.costs(gains)
@@ -59,7 +57,12 @@ def search_task(
 
 
 def no_gains(model: nn.Module, config: SearchConfig) -> Gains:
-    """Gains of 0 for `model`: with them an allocation fails where it would fail after the search."""
+    """Gains of 0 for `model`: with them an allocation fails where it would fail after the search.
+
+    Raises:
+        InputError: an unknown method, or a space or targets that do not fit.
+    """
+    check_method(config.method)
     space = check_space(config.ranks)
     shapes = {n: (m.in_features, m.out_features) for n, m in find_targets(model, config.targets).items()}
     zeros = np.zeros((len(shapes), len(space)))

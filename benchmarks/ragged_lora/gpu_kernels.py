@@ -57,15 +57,8 @@ def metadata(slots: int, tokens: int) -> tuple:
 
 
 def ragged_call(weights: SiteWeights, y: torch.Tensor, x: torch.Tensor, segments: tuple):
-    rest = (
-        weights.arena,
-        weights.table,
-        weights.device_bounds,
-        *segments[1:],
-        HIGHEST,
-        max(SITE.outputs),
-        True,
-    )
+    rest = (weights.arena, weights.table, weights.device_bounds, *segments[1:])
+    rest += (HIGHEST, max(SITE.outputs), weights.aligned)
     return lambda: add_ragged_lora(y, x, *rest)
 
 

@@ -77,7 +77,7 @@ def run(y, x, site, slots):
         y,
         x,
         *(site.arena, site.table, site.device_bounds, *segments(slots)),
-        *(highest, max(site.outputs), all(outputs % 16 == 0 for outputs in site.outputs)),
+        *(highest, max(site.outputs), site.aligned),
     )
 
 

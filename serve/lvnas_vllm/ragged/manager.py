@@ -4,6 +4,7 @@ On CPU an adapter is resident while it is registered: the registered copy is the
 it is resident while it is active, and its registered copy is one pinned buffer, moved in one transfer.
 """
 
+import itertools
 import time
 from typing import Any
 
@@ -75,8 +76,9 @@ class RaggedModelManager(LRUCacheLoRAModelManager):
             None if (lora := weights[name]) is None else module.pairs(lora.lora_a, lora.lora_b)
             for name, module in self.covered.items()
         ]
-        table, elements = plan(self.sites, ranks_of(self.sites, pairs))
-        if (rank := int(table[:, 2].max())) > self.lora_config.max_lora_rank:
+        ranks = ranks_of(self.sites, pairs)
+        table, elements = plan(self.sites, ranks)
+        if (rank := max(itertools.chain(*ranks), default=0)) > self.lora_config.max_lora_rank:
             # vLLM looks at the configuration only; the GPU's buffers have this many columns.
             raise ValueError(
                 f"adapter refused: it has a module of rank {rank}, above --max-lora-rank "

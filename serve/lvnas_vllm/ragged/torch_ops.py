@@ -32,9 +32,12 @@ class SiteWeights:
     """int64 [S + 1]: the columns of y where each slice starts."""
     device_bounds: torch.Tensor = field(init=False)
     """The same as int32 on the table's device, for the Triton kernels."""
+    aligned: bool = field(init=False)
+    """Whether every O is a multiple of 16, which lets the Triton kernels move 16 bytes at a time."""
 
     def __post_init__(self) -> None:
         self.bounds = np.array([0, *itertools.accumulate(self.outputs)], dtype=np.int64)
+        self.aligned = all(outputs % 16 == 0 for outputs in self.outputs)
         self.device_bounds = torch.tensor(self.bounds, dtype=torch.int32, device=self.table.device)
 
     @functools.cached_property

@@ -30,6 +30,5 @@ class RaggedWrapperGPU(PunicaWrapperGPU):
         add_ragged_lora(
             *(y, x, weights.arena, weights.table, weights.device_bounds),
             *(members, counts, starts, active, no_lora, segments),
-            *(self.lora_config.max_lora_rank, max(weights.outputs)),
-            all(outputs % 16 == 0 for outputs in weights.outputs),
+            *(self.lora_config.max_lora_rank, max(weights.outputs), weights.aligned),
         )
