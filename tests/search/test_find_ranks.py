@@ -151,6 +151,44 @@ def test_five_lines_in_a_trainer(tmp_path):
     assert trainer.state.global_step == 2
 
 
+def test_five_lines_in_trl(tmp_path):
+    """The example of docs/search.md: the loader is the trainer's own, so that the search sees what training will."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", *"abcdefghij"])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    data = Dataset.from_list([{"prompt": "a b c d ", "completion": "e f g"}] * 8)
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    setting = {"args": arguments, "train_dataset": data, "processing_class": tokenizer}
+
+    model = models.llama()
+    loader = SFTTrainer(model, **setting).get_train_dataloader()
+    config = lvnas.find_ranks(model, loader, budget=2016, ranks=[0, 1, 2, 4], steps=5)
+    trainer = SFTTrainer(model, **setting, peft_config=config)
+    trainer.train()
+
+    assert trainer.state.global_step == 2
+    assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == 2016
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert PeftModel.from_pretrained(models.llama(), tmp_path / "adapter").peft_config[
+        "default"
+    ].rank_pattern == dict(config.rank_pattern)
+
+
 def test_the_paper_s_mode_needs_no_budget():
     config = lvnas.find_ranks(
         models.llama(),
