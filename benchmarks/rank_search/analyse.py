@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import curves
 import goals
 import numpy as np
 from goals import show
@@ -28,8 +29,6 @@ ORDER = (
     "score-permuted", "score-inverted", "darts-permuted", "darts-inverted",
 )  # fmt: skip
 BEGIN, END = "<!-- analyse.py: begin -->", "<!-- analyse.py: end -->"
-SLACK = 0.02
-"""Nats above the best uniform rank that are still sufficient."""
 
 Cells = dict[tuple[str, int, float], dict[tuple[str, str], dict]]
 
@@ -71,20 +70,26 @@ def interval(values: list[tuple[str, float]]) -> tuple[float, float, float]:
     return mean, float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
-def random_losses(cell: dict) -> np.ndarray:
-    return np.array([row["test"] for (method, _), row in cell.items() if method.startswith("random-")])
+def random_losses(cell: dict, start: str = "restart") -> np.ndarray:
+    return np.array(
+        [row["test"] for (m, how), row in cell.items() if m.startswith("random-") and how == start]
+    )
 
 
 def compare(cells: Cells, budget: float) -> list[dict]:
-    """Per method and start at a budget: losses against random plans and uniform ranks."""
+    """Per method and start at a budget: losses against uniform ranks and random plans that start alike.
+
+    Where such random plans did not run in every cell, all are compared with those that restart.
+    """
     chosen = {key: cell for key, cell in cells.items() if key[2] == budget and len(random_losses(cell))}
     table = []
     for start, name in itertools.product(("restart", "charged", "inherit"), ORDER):
+        alike = start if all(len(random_losses(cell, start)) for cell in chosen.values()) else "restart"
         rows = []
         for (task, _, _), cell in chosen.items():
             if (name, start) not in cell:
                 continue
-            draws, loss = random_losses(cell), cell[name, start]["test"]
+            draws, loss = random_losses(cell, alike), cell[name, start]["test"]
             same = ("uniform", start)
             uniform = cell[same if same in cell else ("uniform", "restart")]["test"]
             rows.append(
@@ -100,6 +105,7 @@ def compare(cells: Cells, budget: float) -> list[dict]:
         if not rows:
             continue
         entry: dict = {"budget": budget, "method": name, "start": start, "cells": len(rows)}
+        entry["random_start"] = alike
         for what in ("loss", "vs_random", "vs_uniform", "percentile", "worse_than_all"):
             entry[what] = interval([(row["task"], row[what]) for row in rows])
         entry["below_random"] = float(np.mean([row["vs_random"] < 0 for row in rows]))
@@ -113,7 +119,9 @@ def spread(cells: Cells, budget: float) -> tuple[float, float]:
     """Standard deviation between the trainings of one random plan, and between random plans' means, over all cells."""
     within, between = [], []
     for key, cell in cells.items():
-        rows = [row for (method, _), row in cell.items() if method.startswith("random-")]
+        rows = [
+            row for (method, how), row in cell.items() if method.startswith("random-") and how == "restart"
+        ]
         if key[2] == budget and rows:
             within += [np.var(row["repeats"], ddof=1) for row in rows if len(row["repeats"]) > 1]
             between.append(np.var([row["test"] for row in rows], ddof=1))
@@ -141,43 +149,6 @@ def agreement(searches: dict, method: str) -> tuple[float, float]:
     return float(np.mean(seeds or [np.nan])), float(np.mean(tasks or [np.nan]))
 
 
-def curve(cells: Cells, method: str) -> dict[str, dict[float, float]]:
-    """Task -> budget -> mean test loss of `method`, restarting, over the seeds that have the uniform curve."""
-    seeds = {key[:2] for key, cell in cells.items() if key[2] >= 16 and ("uniform", "restart") in cell}
-    losses: dict = defaultdict(lambda: defaultdict(list))
-    for (task, seed, budget), cell in cells.items():
-        if (task, seed) in seeds and (method, "restart") in cell:
-            losses[task][budget].append(cell[method, "restart"]["test"])
-    return {
-        task: {budget: float(np.mean(values)) for budget, values in sorted(by.items())}
-        for task, by in losses.items()
-    }
-
-
-def needed(losses: dict[float, float], goal: float) -> float:
-    """The smallest budget at which the curve is at `goal`, log-linear between the measured ones; inf if none."""
-    points = list(losses.items())
-    for (low, above), (high, below) in itertools.pairwise(points):
-        if above <= goal:
-            return low
-        if below <= goal:
-            return float(low * (high / low) ** ((above - goal) / (above - below)))
-    return points[-1][0] if points and points[-1][1] <= goal else float("inf")
-
-
-def compression(cells: Cells) -> list[dict]:
-    """Per task: the smallest sufficient uniform rank, and the budget at which `score` reaches its loss."""
-    rows = []
-    scored = curve(cells, "score")
-    for task, uniform in curve(cells, "uniform").items():
-        whole = {rank: loss for rank, loss in uniform.items() if rank >= 1}
-        enough = min(rank for rank, loss in whole.items() if loss <= min(whole.values()) + SLACK)
-        found = needed(scored.get(task, {}), whole[enough])
-        rows.append({"task": task, "uniform": whole, "score": scored.get(task, {}), "sufficient": enough})
-        rows[-1] |= {"needed": found, "share": found / enough, "below_uniform_64": 64 / found}
-    return rows
-
-
 def markdown(table: list[dict]) -> str:
     """The comparison as a Markdown table."""
     lines = [
@@ -194,28 +165,30 @@ def markdown(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def report(cells: Cells, searches: dict, pressed: list[dict], cost: Path) -> str:
-    """All tables, as Markdown; `pressed` from `compression`, `cost` what `search_cost.py` wrote."""
+def report(cells: Cells, searches: dict, cost: Path | None) -> str:
+    """The comparisons of one setting, as Markdown.
+
+    Args:
+        cells: from `read_rows`.
+        searches: from `read_searches`.
+        cost: what `search_cost.py` wrote; the goals are left out without it.
+    """
     methods = {key[0] for key in searches}
     agreements = {m: agreement(searches, m) for m in ORDER if m in methods}
     parts = []
     for budget in sorted({key[2] for key in cells}):
         table = compare(cells, budget)
-        if not table:
-            continue
         done: dict[str, int] = defaultdict(int)
         for task, _, at in cells:
             done[task] += at == budget
         count = ", ".join(f"{task} {number}" for task, number in done.items() if number)
         parts.append(f"**Budget: uniform rank {budget:g}.** Seeds: {count}.")
-        reached = goals.goals(
-            table,
-            lambda other, budget=budget: against(cells, budget, other),
-            agreements,
-            [row["share"] for row in pressed],
-            cost,
-        )
-        parts += [goals.markdown(reached), markdown(table)]
+        if cost:
+            rows = goals.goals(
+                table, lambda other, budget=budget: against(cells, budget, other), agreements, cost
+            )
+            parts.append(goals.markdown(rows))
+        parts.append(markdown(table))
         by_task = next(e for e in table if (e["method"], e["start"]) == ("score", "restart"))
         tasks = ", ".join(f"{task} {value:+.3f}" for task, value in by_task["vs_uniform_by_task"].items())
         within, between = spread(cells, budget)
@@ -227,17 +200,6 @@ def report(cells: Cells, searches: dict, pressed: list[dict], cost: Path) -> str
     parts.append(
         f"Rank correlation of the modules' scores between seeds of a task (between tasks): {correlations}."
     )
-    for row in pressed:
-        uniform = ", ".join(f"{rank:g}: {loss:.3f}" for rank, loss in row["uniform"].items())
-        scored = ", ".join(f"{budget:g}: {loss:.3f}" for budget, loss in row["score"].items())
-        reached = (
-            f"`score` reaches its loss at {row['needed']:.2f}, {row['below_uniform_64']:.0f} times below uniform 64"
-            if row["needed"] < float("inf")
-            else "`score` does not reach its loss within these budgets"
-        )
-        parts.append(
-            f"{row['task']}: uniform {uniform}; `score` {scored}; rank {row['sufficient']:g} suffices, {reached}."
-        )
     return "\n\n".join(parts)
 
 
@@ -257,20 +219,35 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="folder for rank_search.png and rank_search_curve.png")
     parser.add_argument("--page", type=Path, help="page to put the tables in, between its marks")
     arguments = parser.parse_args()
-    # A run of the curve has other learning rates and no random plans; comparisons are among plans of the same rates.
     settings = {run: files.read_json(run / "settings.json")["settings"] for run in arguments.runs}
-    cells = read_rows(run for run, made in settings.items() if made["random"])
-    pressed = compression(read_rows(run for run, made in settings.items() if made["curve"]))
-    text = report(cells, read_searches(arguments.runs), pressed, arguments.runs[0].parent / "cost.json")
+    # Plans are compared among those of the same space, length and learning rates only; curves have rates of their own.
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for run, made in settings.items():
+        if made["random"]:
+            groups[f"Ranks {made['ranks']}, {made['steps']} steps, rates {made['rates']}"].append(run)
+    first = next(iter(groups), None)
+    compared = {name: read_rows(runs) for name, runs in groups.items()}
+    found = {
+        f"Curve, ranks {made['ranks']}, {made['steps']} steps.": curves.read(read_rows([run]))
+        for run, made in settings.items()
+        if made["curve"]
+    }
+    parts = []
+    for name, cells in compared.items():
+        cost = arguments.runs[0].parent / "cost.json" if name == first else None
+        parts += [f"### {name}", report(cells, read_searches(groups[name]), cost)]
+    parts += [curves.report(lines, name) for name, lines in found.items()]
+    text = "\n\n".join(parts)
     print(text)
     if arguments.page:
         write_page(arguments.page, text)
     if arguments.plots:
         import plots
 
-        tables = [table for budget in sorted({key[2] for key in cells}) if (table := compare(cells, budget))]
+        cells = compared[first]
+        tables = [compare(cells, budget) for budget in sorted({key[2] for key in cells})]
         plots.comparison(cells, tables, arguments.plots / "rank_search.png")
-        plots.curves(pressed, arguments.plots / "rank_search_curve.png")
+        plots.curves(found, arguments.plots / "rank_search_curve.png")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
+from curves import Curve
 from matplotlib import pyplot
 
 OURS = ("score",)
@@ -44,21 +45,27 @@ def comparison(cells: dict, tables: list[list[dict]], path: Path) -> None:
     _save(figure, path)
 
 
-def curves(rows: list[dict], path: Path) -> None:
-    """Per task: test loss against the budget, `score` and uniform ranks."""
-    if not rows:
+def curves(runs: dict[str, list[Curve]], path: Path) -> None:
+    """Per run and task: test loss against the budget, `score` and uniform ranks."""
+    if not runs:
         return
-    figure, axes = pyplot.subplots(1, len(rows), figsize=(3.1 * len(rows), 3.2), squeeze=False, sharey=True)
-    for axis, row in zip(axes[0], rows, strict=True):
-        axis.plot(row["uniform"].keys(), row["uniform"].values(), "o-", color="0.5", ms=4, label="uniform")
-        axis.plot(row["score"].keys(), row["score"].values(), "o-", color="tab:blue", ms=4, label="score")
-        axis.axvline(row["sufficient"], color="0.5", lw=0.8, ls=":")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_title(row["task"])
-        axis.set_xlabel("parameters, in uniform ranks")
-    axes[0, 0].set_ylabel("test loss, nats")
-    axes[0, 0].legend(frameon=False)
+    tasks = max(len(lines) for lines in runs.values())
+    figure, axes = pyplot.subplots(
+        len(runs), tasks, figsize=(3.1 * tasks, 3.2 * len(runs)), squeeze=False, sharey="row"
+    )
+    for places, (name, lines) in zip(axes, runs.items(), strict=True):
+        for axis, curve in zip(places, lines, strict=False):
+            axis.plot(*zip(*curve.uniform.items(), strict=True), "o-", color="0.5", ms=4, label="uniform")
+            axis.plot(*zip(*curve.score.items(), strict=True), "o-", color="tab:blue", ms=4, label="score")
+            axis.axvline(curve.sufficient, color="0.5", lw=0.8, ls=":")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_title(curve.task)
+            axis.set_xlabel("parameters, in uniform ranks")
+        places[0].set_ylabel(f"test loss, nats\n{name}")
+        places[0].legend(frameon=False)
+        for axis in places[len(lines) :]:
+            axis.set_axis_off()
     _save(figure, path)
 
 

@@ -41,7 +41,8 @@ def run(settings: Settings, out: Path, cells: int | None = None) -> int:
     rows = out / "rows.jsonl"
     if (out / "settings.json").exists():
         old = files.read_json(out / "settings.json")
-        assert {name: old[name] for name in facts} == facts, f"{out} holds a run with other settings"
+        same = Settings(**old["settings"]) == settings and old["seeds"] == seeds
+        assert same, f"{out} holds a run with other settings"
     else:
         made = files.provenance(threads=torch.get_num_threads())
         files.write_json(out / "settings.json", facts | {"provenance": made})

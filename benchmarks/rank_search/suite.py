@@ -66,6 +66,9 @@ class Settings:
     """Plans in a population; changes the time only."""
     methods: list[str] | None = None
     """Searches to run; all if None."""
+    starts: list[str] | None = None
+    """How every plan starts, random ones as well: what trained no update of its own inherits that of `svd`. As `STARTS`
+    says if None."""
 
 
 def fresh_seeds(settings: Settings) -> list[int]:
@@ -131,9 +134,13 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> method and its options. `-permuted` searches on data whose answers were shuffled."""
 INVERTED = ("score", "darts")
-STARTS = {"score": ("restart", "charged", "inherit"), "svd": ("restart", "inherit")}
+STARTS = {
+    "score": ("restart", "charged", "inherit"),
+    "svd": ("restart", "inherit"),
+    "uniform": ("restart", "inherit"),
+}
 """restart: all steps from a fresh A and B = 0; charged: as many fewer as the search took; inherit: those, from the
-search's update. What is not named restarts."""
+search's update. `uniform` inherits from `svd`'s warm-up, which searched for nothing; what is not named restarts."""
 
 
 def search_all(model: Any, data: Data, settings: Settings, seed: int) -> dict[str, Found]:
@@ -249,23 +256,22 @@ def _train_all(
 
 
 def plans_of(found: dict[str, Found], settings: Settings) -> Iterator[Plan]:
-    """The plans of all budgets; uniform ranks inherit from `svd`'s warm-up, which searched for nothing."""
+    """The plans of all budgets."""
     for budget, (name, result) in itertools.product(settings.budgets, found.items()):
         per_rank = sum(sum(shape) for shape in result.gains.shapes.values())
         ranks = allocate(result.gains, budget * per_rank)
-        origins = {"inherit": result if result.update else None}
-        starts = STARTS.get(name, ("restart",))
-        if name == "uniform" and "svd" in found:
-            starts, origins = ("restart", "inherit"), {"inherit": found["svd"]}
-        for start in starts:
-            cost = 0 if start == "restart" else (origins["inherit"] or result).steps
+        warm = result if result.update else found.get("svd")
+        for start in settings.starts or STARTS.get(name, ("restart",)):
+            if start == "inherit" and warm is None:
+                continue
+            origin = warm if start == "inherit" else None
             yield Plan(
                 method=name,
                 start=start,
                 budget=budget,
                 ranks=ranks,
-                steps=settings.steps - cost,
-                origin=origins.get(start),
+                steps=settings.steps - (0 if start == "restart" else (origin or result).steps),
+                origin=origin,
             )
 
 
