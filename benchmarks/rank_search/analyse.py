@@ -221,22 +221,23 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {run: files.read_json(run / "settings.json")["settings"] for run in arguments.runs}
     # Plans are compared among those of the same space, length and learning rates only; curves have rates of their own.
-    groups: dict[str, list[Path]] = defaultdict(list)
+    comparisons: dict[str, list[Path]] = defaultdict(list)
+    lines: dict[str, list[Path]] = defaultdict(list)
     for run, made in settings.items():
+        name = f"Ranks {', '.join(map(str, made['ranks']))}; {made['steps']} steps"
         if made["random"]:
-            groups[f"Ranks {made['ranks']}, {made['steps']} steps, rates {made['rates']}"].append(run)
-    first = next(iter(groups), None)
-    compared = {name: read_rows(runs) for name, runs in groups.items()}
-    found = {
-        f"Curve, ranks {made['ranks']}, {made['steps']} steps.": curves.read(read_rows([run]))
-        for run, made in settings.items()
-        if made["curve"]
-    }
+            comparisons[f"{name}; rates {', '.join(map(str, made['rates']))}"].append(run)
+        if made["curve"]:
+            lines[name].append(run)
+    first = next(iter(comparisons), None)
+    compared = {name: read_rows(runs) for name, runs in comparisons.items()}
+    found = {name: curves.read(read_rows(runs)) for name, runs in lines.items()}
     parts = []
     for name, cells in compared.items():
         cost = arguments.runs[0].parent / "cost.json" if name == first else None
-        parts += [f"### {name}", report(cells, read_searches(groups[name]), cost)]
-    parts += [curves.report(lines, name) for name, lines in found.items()]
+        parts += [f"### {name}", report(cells, read_searches(comparisons[name]), cost)]
+    for name, of_tasks in found.items():
+        parts += [f"### Along the budget: {name[0].lower()}{name[1:]}", curves.report(of_tasks)]
     text = "\n\n".join(parts)
     print(text)
     if arguments.page:

@@ -41,7 +41,7 @@ class Curve:
 
 
 def read(cells: dict[tuple[str, int, float], dict[tuple[str, str], dict]]) -> list[Curve]:
-    """A run's curves, from `analyse.read_rows`."""
+    """Each task's curves, from `analyse.read_rows`."""
     losses: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     seeds = defaultdict(set)
     for (task, seed, budget), cell in cells.items():
@@ -60,8 +60,8 @@ def read(cells: dict[tuple[str, int, float], dict[tuple[str, str], dict]]) -> li
     ]
 
 
-def report(curves: list[Curve], title: str) -> str:
-    """A run's tables, as Markdown."""
+def report(curves: list[Curve]) -> str:
+    """The tables of one space and number of steps, as Markdown."""
     budgets = sorted({budget for curve in curves for budget in (*curve.uniform, *curve.score)})
     lines = [
         f"| task | plan | {' | '.join(f'{budget:g}' for budget in budgets)} |",
@@ -80,7 +80,7 @@ def report(curves: list[Curve], title: str) -> str:
     count = ", ".join(f"{curve.task} {curve.seeds}" for curve in curves)
     return "\n\n".join(
         [
-            f"**{title}** Test loss by budget, in uniform ranks. Seeds: {count}.",
+            f"Test loss by budget, in uniform ranks; both restart. Seeds: {count}.",
             "\n".join(lines),
             f"Smallest sufficient uniform rank (parameters of `score` over its): {each}. Mean {mean:.2f}; the goal is "
             f"at most 1/3: {'met' if mean <= 1 / 3 else 'not met'}.",

@@ -62,7 +62,7 @@ def curves(runs: dict[str, list[Curve]], path: Path) -> None:
             axis.set_yscale("log")
             axis.set_title(curve.task)
             axis.set_xlabel("parameters, in uniform ranks")
-        places[0].set_ylabel(f"test loss, nats\n{name}")
+        places[0].set_ylabel(f"test loss, nats\n{name.replace('; ', chr(10))}")
         places[0].legend(frameon=False)
         for axis in places[len(lines) :]:
             axis.set_axis_off()
