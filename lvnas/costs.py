@@ -47,7 +47,8 @@ class Costs:
 
     def uniform(self, rank: float) -> float:
         """What this rank in every module costs; between the space's ranks by interpolation."""
-        totals = self.values.sum(axis=0)
+        # Seconds summed in another order than the allocator's may be a rounding error too few for the lowest rank.
+        totals = self.values.sum(axis=0) * (1 + 1e-12 if self.unit == "seconds" else 1)
         if rank > self.ranks[-1]:
             return totals[-1] * rank / self.ranks[-1]
         return float(np.interp(rank, [0, *self.ranks], [0, *totals]))

@@ -21,6 +21,8 @@ from lvnas.supernet import factor
 
 FORMAT = "lvnas-adapter/1"
 FACTS = "lvnas.json"
+NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest are rounding errors of an update that does not have them."""
 
 
 def derive(
@@ -60,8 +62,8 @@ def derive(
         if rank == 0:
             continue
         if update:
-            a, b = _truncated(trained, name, rank, scale / plan.scale_of(rank), update)
-            _check_shape(name, a, b, shapes[name], update)
+            a, b = _read_pair(trained, name, rank, shapes[name], update)
+            a, b = _truncated(a, b, rank, scale / plan.scale_of(rank), generator)
         else:
             a, b = _initial(shapes[name], rank, generator)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
@@ -132,6 +134,10 @@ def lora_config(plan: RankPlan) -> LoraConfig:
         return _number(plan.scale_of(rank) * (math.sqrt(rank) if rslora else rank))
 
     highest = max(ranks.values(), default=1)
+    # PEFT takes a target for every module whose name ends like it: `layers.0.q_proj` for `vision.layers.0.q_proj` too.
+    others = [
+        name for name in plan.ranks if name not in ranks and any(name.endswith(f".{one}") for one in ranks)
+    ]
     return LoraConfig(
         base_model_name_or_path=plan.base,
         r=highest,
@@ -139,6 +145,7 @@ def lora_config(plan: RankPlan) -> LoraConfig:
         target_modules=sorted(ranks),
         rank_pattern={rank_pattern_key(name): rank for name, rank in ranks.items()},
         alpha_pattern={rank_pattern_key(name): alpha(rank) for name, rank in ranks.items()},
+        exclude_modules=others or None,
         use_rslora=rslora,
     )
 
@@ -159,18 +166,43 @@ def _initial(shape: tuple[int, int], rank: int, generator: torch.Generator) -> t
     return a, torch.zeros(shape[1], rank)
 
 
+def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [R, D] and B [O, R] of the same B A along its singular directions, largest first, of equal norms."""
+    u, sigma, vt = factor(b, a)
+    root = sigma.sqrt()
+    return root[:, None] * vt, u * root
+
+
 def _truncated(
-    trained: Mapping[str, Tensor], name: str, rank: int, ratio: float, path: Path
+    a: Tensor, b: Tensor, rank: int, ratio: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A [r, D] and B [O, r] of the `rank` largest singular directions of `ratio` * B A."""
+    """A [r, D] and B [O, r] of the `rank` largest singular directions of `ratio` * B A.
+
+    Directions that the update does not have start as in a fresh adapter: with A and B both 0 they could not train.
+    """
+    a, b = balanced(a, b)
+    a, b = a[:rank] * math.sqrt(ratio), b[:, :rank] * math.sqrt(ratio)
+    sizes = a.square().sum(dim=1)
+    if (missing := sizes <= NEGLIGIBLE * sizes.max()).any():
+        fresh, zero = _initial((a.shape[1], b.shape[0]), rank, generator)
+        a, b = torch.where(missing[:, None], fresh, a), torch.where(missing, zero, b)
+    return a.contiguous(), b.contiguous()
+
+
+def _read_pair(
+    trained: Mapping[str, Tensor], name: str, rank: int, shape: tuple[int, int], path: Path
+) -> tuple[Tensor, Tensor]:
+    """The update's A [R, D] and B [O, R] of a module."""
     if f"{name}.A" not in trained or f"{name}.B" not in trained:
         raise InputError(f"{path} has no update of {name}; it is of a search with other targets")
     a, b = trained[f"{name}.A"], trained[f"{name}.B"]
     if rank > a.shape[0]:
         raise InputError(f"{name} has rank {rank}, more than the rank {a.shape[0]} of the update in {path}")
-    u, sigma, vt = factor(b, a)
-    root = (sigma * ratio).sqrt()
-    return (root[:, None] * vt)[:rank].contiguous(), (u * root)[:, :rank].contiguous()
+    if (a.shape[1], b.shape[0]) != tuple(shape):
+        raise InputError(
+            f"{path}: {name} is {a.shape[1]} x {b.shape[0]}, the base's is {shape[0]} x {shape[1]}"
+        )
+    return a, b
 
 
 def _read_update(path: Path) -> tuple[dict[str, Tensor], float]:
@@ -182,13 +214,6 @@ def _read_update(path: Path) -> tuple[dict[str, Tensor], float]:
         raise InputError(f"no such file: {path}; a method that trains nothing leaves no update") from None
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path} is no update of a search: {error}") from None
-
-
-def _check_shape(name: str, a: Tensor, b: Tensor, shape: tuple[int, int], path: Path) -> None:
-    if (a.shape[1], b.shape[0]) != tuple(shape):
-        raise InputError(
-            f"{path}: {name} is {a.shape[1]} x {b.shape[0]}, the base's is {shape[0]} x {shape[1]}"
-        )
 
 
 def _number(value: float) -> Any:

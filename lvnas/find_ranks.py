@@ -14,8 +14,8 @@ from lvnas.derive import lora_config
 from lvnas.errors import InputError
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.repeats import mean_gains, seeds_of
-from lvnas.search import fit
-from lvnas.strategies import SearchConfig, make_strategy
+from lvnas.search import fit, gains_of
+from lvnas.strategies import CHOOSING, SearchConfig, make_strategy
 from lvnas.task_search import no_gains
 
 
@@ -39,7 +39,8 @@ def find_ranks(
 ) -> LoraConfig:
     """Searches a LoRA rank for every target module of `model`; the model comes back unchanged.
 
-    Every second batch trains, the others choose the ranks. When the batches run out they are used again.
+    All batches train; under `darts` every second one, and the others choose the ranks. When they run out they are
+    used again.
 
     Args:
         model: the base, without an adapter, on its device.
@@ -65,8 +66,8 @@ def find_ranks(
     names = targets if isinstance(targets, str) else ",".join(targets)
     check_scaling(scaling)
     device = next(model.parameters()).device
-    wanted = 2 * (steps + 64)
-    batches = [_to(batch, device) for batch in itertools.islice(dataloader, wanted)]
+    streams = 2 if method in CHOOSING else 1
+    batches = list(itertools.islice(dataloader, streams * steps))
     if len(batches) < 2:
         raise InputError(f"the dataloader gave {len(batches)} batches; a search needs at least 2")
     config = SearchConfig(
@@ -75,7 +76,7 @@ def find_ranks(
         ranks=list(ranks),
         scale=scale,
         steps=steps,
-        batch_size=_size(batches[0]) * distributed.place()[1],
+        batch_size=sum(distributed.gather([_size(batches[0])])),
         learning_rate=learning_rate,
         seed=seed,
         options=dict(options or {}),
@@ -85,7 +86,7 @@ def find_ranks(
     plan_ranks(no_gains(model, config), budget, max_rank=max_rank)  # refuses what it would after the search
     training = model.training
     grads = {name: p.requires_grad for name, p in model.named_parameters()}
-    streams = Cycle(batches[::2]), Cycle(batches[1::2])
+    train, held_out = Cycle(batches[::streams], device), Cycle(batches[streams - 1 :: streams], device)
     found_gains = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for one in seeds_of(config, repeats):
@@ -93,8 +94,8 @@ def find_ranks(
             strategy = make_strategy(model, one)
             try:
                 title = f"searching ranks ({method}, seed {one.seed})" if progress else None
-                fit(strategy, *streams, title=title)
-                found_gains.append(strategy.gains())
+                fit(strategy, train, held_out, title=title)
+                found_gains.append(gains_of(strategy))
             finally:
                 strategy.close()
                 for name, parameter in model.named_parameters():
@@ -114,20 +115,23 @@ def find_ranks(
 
 
 class Cycle:
-    """A list of batches as an endless `Stream`; the ids are the batch's number in the list."""
+    """A list of batches as an endless `Stream` on a device; the ids are the batch's number in the list."""
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        self.batches, self.device = batches, device
 
     def __getitem__(self, index: int) -> tuple[Mapping[str, Any], list[int]]:
         number = index % len(self.batches)
-        return self.batches[number], [number]
+        return _to(self.batches[number], self.device), [number]
 
 
 def _size(batch: Mapping[str, Any]) -> int:
-    return next(
-        len(value) for name, value in batch.items() if name in ("input_ids", "labels", "pixel_values")
-    )
+    known = [name for name in ("input_ids", "labels", "pixel_values") if name in batch]
+    if not known:
+        raise InputError(
+            f"a batch has {', '.join(batch) or 'nothing'}; it needs labels, and what the model takes"
+        )
+    return len(batch[known[0]])
 
 
 def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -120,19 +120,41 @@ def run(
     strategy = make_strategy(model, config)
     saving: Any = {"state_path": out / STATE, "identity": identity, "save_every": save_every}
     losses = fit(strategy, train, search, title=title, **saving)
-    gains = strategy.gains()
+    gains = gains_of(strategy)
     update = {
         f"{name}.{side}": matrix.contiguous().cpu()
         for name, pair in strategy.update().items()
         for side, matrix in zip("AB", pair, strict=True)
     }
-    if update and distributed.is_first():
-        files.write_bytes(out / UPDATE, safetensors.torch.save(update, {"scale": str(config.scale)}))
+    if distributed.is_first():
+        (out / UPDATE).unlink(missing_ok=True)  # of a search whose scores were deleted
+        if update:
+            files.write_bytes(out / UPDATE, safetensors.torch.save(update, {"scale": str(config.scale)}))
     strategy.close()
     if distributed.is_first():
         files.write_json(out / SCORES, _scores(gains, identity, losses))
         _clean(out)
     distributed.wait()
+    return gains
+
+
+def gains_of(strategy: Strategy) -> Gains:
+    """The gains of a strategy at its end.
+
+    Raises:
+        InputError: one is not finite: a gradient overflowed although the losses did not.
+    """
+    try:
+        gains = strategy.gains()
+        finite = np.isfinite(gains.values).all(axis=1)
+    except torch.linalg.LinAlgError:  # svd and score factor the weights
+        finite = np.array([False])
+    if not finite.all():
+        where = [name for name, well in zip(strategy.shapes, finite, strict=False) if not well]
+        raise InputError(
+            f"the search of {strategy.name} ended with a gain that is not finite ({where[0]}); lower the learning rate "
+            f"({strategy.config.learning_rate})"
+        )
     return gains
 
 
@@ -166,6 +188,7 @@ def _scores(gains: Gains, identity: Mapping[str, Any], losses: Sequence[float]) 
 def keep_mean(gains: Gains, identity: Mapping[str, Any], out: Path, first: Path) -> None:
     """Writes the mean gains of repeated searches into `out`, and the update of the search in `first`."""
     if distributed.is_first():
+        (out / UPDATE).unlink(missing_ok=True)
         if (first / UPDATE).exists():
             files.write_bytes(out / UPDATE, (first / UPDATE).read_bytes())
         files.write_json(out / MEAN, _scores(gains, identity, losses=[]))
@@ -179,6 +202,7 @@ def _save(strategy: Strategy, losses: list[float], path: Path, identity: Mapping
         "identity": identity,
         "losses": losses,
         "random": torch.get_rng_state(),
+        "cuda random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "strategy": strategy.state(),
     }
     save_state(path, state)
@@ -197,6 +221,8 @@ def _load(strategy: Strategy, path: Path, identity: Mapping[str, Any] | None) ->
     _check_same(state["identity"] or {}, identity or {}, path)
     strategy.restore(state["strategy"])
     torch.set_rng_state(state["random"])
+    if state.get("cuda random"):
+        torch.cuda.set_rng_state_all(state["cuda random"])
     return state["losses"]
 
 

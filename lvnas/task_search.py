@@ -17,7 +17,7 @@ from lvnas.modules import find_targets
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.repeats import run_repeats
 from lvnas.search import MEAN, SCORES, Shuffled, keep_mean, run
-from lvnas.strategies import Gains, SearchConfig, check_method
+from lvnas.strategies import CHOOSING, Gains, SearchConfig, check_method
 from lvnas.supernet import check_space
 
 RANKS = "ranks.json"
@@ -66,7 +66,7 @@ def no_gains(model: nn.Module, config: SearchConfig) -> Gains:
     space = check_space(config.ranks)
     shapes = {n: (m.in_features, m.out_features) for n, m in find_targets(model, config.targets).items()}
     zeros = np.zeros((len(shapes), len(space)))
-    return Gains(shapes=shapes, ranks=space, values=zeros, errors=zeros, chooses=config.method == "darts")
+    return Gains(shapes=shapes, ranks=space, values=zeros, errors=zeros, chooses=config.method in CHOOSING)
 
 
 def search_tasks(

@@ -18,8 +18,8 @@ from torch import Tensor
 import lvnas
 from lvnas import search
 from lvnas.allocate import allocate
+from lvnas.derive import balanced
 from lvnas.strategies import Gains, SearchConfig, make_strategy
-from lvnas.supernet import factor
 
 METHOD_FILES = (
     "supernet.py",
@@ -178,15 +178,9 @@ def search_one(
     search.fit(strategy, data.stream("train", seed), data.stream("search", seed))
     found = Found(gains=strategy.gains(), steps=strategy.steps)
     found.seconds = time.process_time() - start
-    found.update = {name: _sorted(a, b) for name, (a, b) in strategy.update().items()}
+    found.update = {name: balanced(a, b) for name, (a, b) in strategy.update().items()}
     strategy.close()
     return found
-
-
-def _sorted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    u, sigma, vt = factor(b, a)
-    root = sigma.sqrt()
-    return root[:, None] * vt, u * root
 
 
 @dataclass(kw_only=True, slots=True)

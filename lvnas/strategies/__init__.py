@@ -18,6 +18,9 @@ STRATEGIES = {
     "random": "fixed:Random",
 }
 """Method name -> "module:class" in this package."""
+CHOOSING = ("darts",)
+"""Methods that train their choice on search-validation, every second batch, and need no budget; the others read
+train alone."""
 
 
 def make_strategy(model: nn.Module, config: SearchConfig) -> Strategy:
@@ -37,4 +40,4 @@ def check_method(method: str) -> None:
         raise unknown("method", method, STRATEGIES)
 
 
-__all__ = ["STRATEGIES", "Gains", "SearchConfig", "Strategy", "check_method", "make_strategy"]
+__all__ = ["CHOOSING", "STRATEGIES", "Gains", "SearchConfig", "Strategy", "check_method", "make_strategy"]

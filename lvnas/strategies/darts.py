@@ -4,12 +4,13 @@ Uniform alpha; in each mini-batch one step of the weights on train and one step 
 (first-order DARTS, arXiv 1806.09055); at the end the rank of the largest alpha.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lvnas.strategies.base import Gains, SearchConfig, Stream, SupernetStrategy
 from lvnas.supernet import slice_masks, superweight_gates
@@ -28,6 +29,10 @@ class Darts(SupernetStrategy):
         """p = softmax(alpha / temperature); the paper's is 1."""
         cost_weight: float = 0.0
         """Weight of the expected share of the highest rank's parameters in alpha's loss; the paper's is 0."""
+        ramp: int = 0
+        """Mini-batches over which the weights' rate rises to its full value."""
+        clip: float = math.inf
+        """Highest norm of the weights' gradient."""
 
     def __init__(self, model: nn.Module, config: SearchConfig) -> None:
         super().__init__(model, config)
@@ -42,12 +47,17 @@ class Darts(SupernetStrategy):
     def step(self, index: int, train: Stream, search: Stream) -> float:
         """Even steps train the weights, odd ones alpha."""
         mini_batch, odd = divmod(index, 2)
-        gates = superweight_gates(self.alpha / self.options.temperature, self.masks)
+        gates = self._gates()
         self.net.set_gates(gates.detach())
         for weight in self.net.weights():
             weight.requires_grad_(not odd)
         if not odd:
             loss = self.backward("train", train[mini_batch])
+            if math.isfinite(self.options.clip):
+                nn.utils.clip_grad_norm_(self.net.weights(), self.options.clip)
+            rise = (mini_batch + 1) / self.options.ramp if self.options.ramp else 1.0
+            for group in self.weight_optimizer.param_groups:
+                group["lr"] = self.config.learning_rate * min(1.0, rise)
             self.weight_optimizer.step()
             self.weight_optimizer.zero_grad()
             return loss
@@ -60,8 +70,14 @@ class Darts(SupernetStrategy):
         return loss
 
     def gains(self) -> Gains:
-        log_p = torch.log_softmax(self.alpha.detach().double(), dim=-1).numpy()
+        log_p = torch.log_softmax(self.alpha.detach().double() / self.options.temperature, dim=-1).numpy()
         return self.make_gains(np.diff(log_p, axis=1, prepend=0.0), chooses=True)
+
+    def update(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """B diag(m * m) A: what the supernetwork adds with the last alpha."""
+        gates = self._gates().detach()
+        pairs = zip(super().update().items(), gates, strict=True)
+        return {name: (gate.to(a)[:, None] * a, b) for (name, (a, b)), gate in pairs}
 
     def state(self) -> dict[str, Any]:
         return super().state() | {
@@ -76,7 +92,10 @@ class Darts(SupernetStrategy):
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
 
-    def _expected_cost(self) -> torch.Tensor:
+    def _gates(self) -> Tensor:
+        return superweight_gates(self.alpha / self.options.temperature, self.masks)
+
+    def _expected_cost(self) -> Tensor:
         costs = torch.tensor([sum(shape) for shape in self.shapes.values()], dtype=torch.float32)
         p = torch.softmax(self.alpha / self.options.temperature, dim=-1)
         expected = (p @ torch.tensor(self.ranks, dtype=torch.float32)) @ costs

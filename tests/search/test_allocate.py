@@ -1,12 +1,13 @@
 """The allocator against brute force, and what it says to budgets that cannot be."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from lvnas.allocate import Budget, allocate, plan_ranks
-from lvnas.costs import costs, parse_amount, parse_count, shape_name, write_table
+from lvnas.costs import Costs, costs, parse_amount, parse_count, shape_name, write_table
 from lvnas.errors import InputError
 from lvnas.strategies.base import Gains
 
@@ -54,6 +55,17 @@ def test_real_costs_stay_within_the_budget():
         plan = allocate(gains, budget, costs=costs)
         spent = sum(costs[n, RANKS.index(rank)] for n, rank in enumerate(plan.values()))
         assert 0.995 * budget <= spent <= budget
+
+
+def test_the_lowest_uniform_rank_is_within_its_own_cost():
+    """Seconds added up in another order than the allocator's may be a rounding error less."""
+    space = [4, 8, 16, 32, 64]
+    gains = dataclasses.replace(random_gains(0, [(7, 9)] * 59), ranks=space)
+    for seed in range(50):
+        values = np.sort(np.random.default_rng(seed).random((59, len(space))), axis=1)
+        table = Costs(unit="seconds", ranks=space, values=values)
+        plan = allocate(gains, table.uniform(4), costs=values)
+        assert set(plan.values()) == {4}
 
 
 def test_rounding_to_units_does_not_add_up(monkeypatch):

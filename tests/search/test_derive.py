@@ -15,8 +15,8 @@ from lvnas.derive import derive, lora_config
 from lvnas.errors import InputError
 from lvnas.pack import PackOptions, pack
 from lvnas.ranks import SCALINGS, RankPlan
-from lvnas.strategies import SearchConfig
-from lvnas.supernet import Supernet
+from lvnas.strategies import SearchConfig, make_strategy
+from lvnas.supernet import Supernet, superweight_gates
 
 
 def shapes_of(model):
@@ -147,6 +147,66 @@ def test_inherited_adapter_at_full_rank_is_the_trained_update(tmp_path, shapes):
         torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-5)
         moved += expected.abs().sum().item()
     assert moved > 1
+
+
+@pytest.mark.parametrize("method", ["darts", "score"])
+def test_inheriting_at_full_rank_is_the_network_that_was_searched(method, tmp_path, shapes):
+    """With the gates of `darts`, which scale the rank dimensions."""
+    config = SearchConfig(
+        method=method, ranks=[0, 1, 2, 4], steps=5, batch_size=2, learning_rate=3e-2, scale=2.0
+    )
+    stream = [(models.mllama_batch(seed), [seed]) for seed in range(5)]
+    strategy = make_strategy(models.mllama(), config)
+    search.fit(strategy, stream, stream)
+    if method == "darts":
+        strategy.net.set_gates(superweight_gates(strategy.alpha.detach(), strategy.masks))
+    strategy.net.peft.eval()
+    expected = strategy.net.loss(models.mllama_batch())
+    tensors = {
+        f"{n}.{s}": m.contiguous() for n, p in strategy.update().items() for s, m in zip("AB", p, strict=True)
+    }
+    save_file(tensors, tmp_path / "update.safetensors", {"scale": "2.0"})
+    plan = RankPlan(ranks=dict.fromkeys(shapes, 4), scale=2.0)
+    derive(plan, shapes, tmp_path / "adapter", update=tmp_path / "update.safetensors")
+    torch.testing.assert_close(load(tmp_path / "adapter").eval()(**models.mllama_batch()).loss, expected)
+
+
+def test_directions_that_an_update_does_not_have_start_afresh(tmp_path, shapes):
+    """A and B of 0 would never have a gradient: a module that no batch reached, a rank above what was trained."""
+    update = trained_search(tmp_path)
+    tensors = load_file(update)
+    unreached, flat = list(shapes)[:2]
+    tensors[f"{unreached}.B"].zero_()
+    tensors[f"{flat}.B"][:, 1:] = 0
+    save_file(tensors, update, {"scale": "2.0"})
+    derive(RankPlan(ranks=dict.fromkeys(shapes, 4), scale=2.0), shapes, tmp_path / "adapter", update=update)
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    for name, inherited in ((unreached, 0), (flat, 1)):
+        b, a = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA")
+        torch.testing.assert_close(b @ a, tensors[f"{name}.B"] @ tensors[f"{name}.A"])
+        assert (a.norm(dim=1) > 0).all()
+        assert (b.norm(dim=0) > 0).tolist() == [True] * inherited + [False] * (4 - inherited)
+
+
+def test_names_that_end_alike_are_told_apart():
+    """PEFT takes `layers.0.q_proj` for `vision.layers.0.q_proj` too."""
+    ranks = {"layers.0.q_proj": 4, "vision.layers.0.q_proj": 0, "vision.layers.0.k_proj": 2}
+    model = torch.nn.Module()
+    for name in ranks:
+        *path, last = name.split(".")
+        parent = model
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, torch.nn.Linear(8, 8))
+    peft = get_peft_model(model, lora_config(RankPlan(ranks=ranks)))
+    found = {
+        n.removeprefix("base_model.model."): m.r["default"]
+        for n, m in peft.named_modules()
+        if hasattr(m, "lora_A")
+    }
+    assert found == {name: rank for name, rank in ranks.items() if rank}
 
 
 def test_inherited_adapter_is_the_best_approximation(tmp_path, shapes):

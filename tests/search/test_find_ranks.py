@@ -189,6 +189,25 @@ def test_five_lines_in_trl(tmp_path):
     ].rank_pattern == dict(config.rank_pattern)
 
 
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [("score", [*range(6)]), ("svd", [*range(6)]), ("eva", [*range(6)]), ("darts", [*range(4)] * 3)],
+)
+def test_every_batch_is_used(method, order):
+    """`darts` trains on the even ones and chooses on the odd ones; here four for it, seven for the others."""
+    batches = [models.text_batch(seed) for seed in range(4 if method == "darts" else 7)]
+    model, seen = models.llama(), []
+
+    def look(_module, _arguments, inputs):
+        seen.append(
+            next(n for n, b in enumerate(batches) if torch.equal(b["input_ids"], inputs["input_ids"]))
+        )
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    lvnas.find_ranks(model, batches, method=method, **SETTINGS)
+    assert seen == order
+
+
 def test_the_paper_s_mode_needs_no_budget():
     config = lvnas.find_ranks(
         models.llama(),
@@ -206,6 +225,8 @@ def test_bad_input():
         lvnas.find_ranks(models.llama(), batches[:1], budget="2k")
     with pytest.raises(InputError, match=r"match no linear module of this model.*its modules: down_proj"):
         lvnas.find_ranks(models.llama(), batches, budget="2k", targets=["query"])
+    with pytest.raises(InputError, match="a batch has x; it needs labels"):
+        lvnas.find_ranks(models.llama(), [{"x": torch.ones(1)}] * 2, budget="2k")
     with pytest.raises(InputError, match="0 repeats"):
         lvnas.find_ranks(models.llama(), batches, budget="20k", repeats=0)
     with pytest.raises(InputError, match="needs a budget"):

@@ -105,6 +105,31 @@ def test_cost_term_prefers_low_ranks():
     assert ranks[1] < ranks[0]
 
 
+@pytest.mark.parametrize("method", ["darts", "svd", "score"])
+def test_gains_that_are_not_finite_are_refused(method):
+    """A gradient may overflow in the last step although no loss did."""
+    strategy = make_strategy(models.mllama(), config(method))
+    search.fit(strategy, TRAIN, SEARCH)
+    broken = strategy.alpha.data[3] if method == "darts" else strategy.net.weights()[3].data
+    broken[0] = torch.nan
+    with pytest.raises(InputError, match=rf"{method} ended with a gain that is not finite.*rate \(0.01\)"):
+        search.gains_of(strategy)
+
+
+def test_options_of_darts_tame_its_first_steps():
+    """With the ramp alone the first step is smaller; with the clip alone, its gradient."""
+    firsts = []
+    for options in ({}, {"ramp": 5}, {"clip": 1e-3}):
+        strategy = make_strategy(models.mllama(), config("darts", options=options))
+        before = [weight.detach().clone() for weight in strategy.net.weights()]
+        strategy.step(0, TRAIN, SEARCH)
+        moved = [(w - b).abs().max().item() for w, b in zip(strategy.net.weights(), before, strict=True)]
+        moments = [state["exp_avg"].norm().item() for state in strategy.weight_optimizer.state.values()]
+        firsts.append((max(moved), sum(moment**2 for moment in moments) ** 0.5))
+    assert firsts[1][0] == pytest.approx(firsts[0][0] / 5, rel=1e-3)
+    assert firsts[2][1] == pytest.approx(0.1 * 1e-3, rel=1e-2) and firsts[0][1] > 1e-3
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_nan_stops_with_step_and_examples_and_keeps_the_state(method, tmp_path):
     path = tmp_path / "state.pt"
@@ -128,6 +153,11 @@ def test_a_search_folder(tmp_path):
     assert np.array_equal(gains.errors, nothing_left_to_do.errors)
     with pytest.raises(InputError, match="search with steps 5, not 6; use another --out"):
         search.run(models.mllama(), None, None, config("score", steps=6), **run)
+    (out / "scores.json").unlink()
+    search.run(models.mllama(), Stream(0), Stream(100), config("uniform"), **run)
+    assert {path.name for path in out.iterdir()} == {
+        "scores.json"
+    }  # nothing that --inherit could take for its own
 
 
 def test_a_state_of_another_search_is_refused(tmp_path):
