@@ -19,13 +19,13 @@ import curves
 import goals
 import numpy as np
 from goals import show
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, t
 
 from lvnas import files
 
 RESAMPLES = 4000
 ORDER = (
-    "score", "svd", "uniform", "darts", "adalora", "eva", "text-only", "vision-only",
+    "score", "svd", "uniform", "darts", "darts-long", "adalora", "eva", "text-only", "vision-only",
     "score-permuted", "score-inverted", "darts-permuted", "darts-inverted",
 )  # fmt: skip
 BEGIN, END = "<!-- analyse.py: begin -->", "<!-- analyse.py: end -->"
@@ -70,6 +70,17 @@ def interval(values: list[tuple[str, float]]) -> tuple[float, float, float]:
     return mean, float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
+def t_interval(by_task: dict[str, float]) -> tuple[float, float]:
+    """95% interval of the mean over tasks from their means alone; with four tasks a bootstrap's is too narrow."""
+    values = list(by_task.values())
+    half = (
+        t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+        if len(values) > 1
+        else np.inf
+    )
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
 def random_losses(cell: dict, start: str = "restart") -> np.ndarray:
     return np.array(
         [row["test"] for (m, how), row in cell.items() if m.startswith("random-") and how == start]
@@ -111,6 +122,7 @@ def compare(cells: Cells, budget: float) -> list[dict]:
         entry["below_random"] = float(np.mean([row["vs_random"] < 0 for row in rows]))
         by_task = {task: [r["vs_uniform"] for r in rows if r["task"] == task] for task, _, _ in chosen}
         entry["vs_uniform_by_task"] = {task: float(np.mean(values)) for task, values in by_task.items()}
+        entry["t_interval"] = t_interval(entry["vs_uniform_by_task"])
         table.append(entry)
     return table
 
@@ -139,14 +151,33 @@ def against(cells: Cells, budget: float, other: str) -> tuple[float, float, floa
     )
 
 
-def agreement(searches: dict, method: str) -> tuple[float, float]:
-    """Mean Spearman correlation of the modules' scores between seeds of a task, and between tasks."""
+def module_sizes(cells: Cells) -> np.ndarray:
+    """Parameters per rank of every module [N], which the plans' ranks and parameters tell."""
+    rows = [row for cell in cells.values() for row in cell.values()]
+    ranks = np.array([row["ranks"] for row in rows], dtype=np.float64)
+    return np.linalg.lstsq(ranks, [row["parameters"] for row in rows])[0].round().astype(int)
+
+
+def agreement(searches: dict, method: str, sizes: np.ndarray) -> tuple[float, float]:
+    """Mean correlation of the modules' scores between seeds of a task, and between tasks.
+
+    Of their ranks among the modules of one size: a gain per parameter orders modules by size alone where gains are
+    alike, and that would agree always.
+    """
     seeds, tasks = [], []
-    scores = {key[1:]: values for key, values in searches.items() if key[0] == method}
+    scores = {key[1:]: _ranks_within(values, sizes) for key, values in searches.items() if key[0] == method}
     for (one, a), (two, b) in itertools.combinations(scores.items(), 2):
         same = one[0] == two[0]
-        (seeds if same else tasks).append(spearmanr(a, b).statistic)
+        (seeds if same else tasks).append(np.corrcoef(a, b)[0, 1])
     return float(np.mean(seeds or [np.nan])), float(np.mean(tasks or [np.nan]))
+
+
+def _ranks_within(scores: list[float], sizes: np.ndarray) -> np.ndarray:
+    ranks = np.zeros(len(scores))
+    for size in set(sizes.tolist()):
+        places = rankdata(np.array(scores)[sizes == size])
+        ranks[sizes == size] = places - places.mean()
+    return ranks
 
 
 def markdown(table: list[dict]) -> str:
@@ -174,7 +205,8 @@ def report(cells: Cells, searches: dict, cost: Path | None) -> str:
         cost: what `search_cost.py` wrote; the goals are left out without it.
     """
     methods = {key[0] for key in searches}
-    agreements = {m: agreement(searches, m) for m in ORDER if m in methods}
+    sizes = module_sizes(cells)
+    agreements = {m: agreement(searches, m, sizes) for m in ORDER if m in methods}
     parts = []
     for budget in sorted({key[2] for key in cells}):
         table = compare(cells, budget)
@@ -198,7 +230,8 @@ def report(cells: Cells, searches: dict, cost: Path | None) -> str:
         )
     correlations = "; ".join(f"{m} {seeds:.2f} ({tasks:.2f})" for m, (seeds, tasks) in agreements.items())
     parts.append(
-        f"Rank correlation of the modules' scores between seeds of a task (between tasks): {correlations}."
+        f"Rank correlation of the modules' scores, among modules of one size, between seeds of a task (between tasks): "
+        f"{correlations}."
     )
     return "\n\n".join(parts)
 
@@ -230,6 +263,9 @@ def main() -> None:
         if made["curve"]:
             lines[name].append(run)
     first = next(iter(comparisons), None)
+    for run, made in settings.items():
+        if not made["random"] and not made["curve"]:  # further plans for the cells of the first
+            comparisons[first].append(run)
     compared = {name: read_rows(runs) for name, runs in comparisons.items()}
     found = {name: curves.read(read_rows(runs)) for name, runs in lines.items()}
     parts = []

@@ -43,6 +43,10 @@ def goals(
         met = mean <= -0.05 and high < 0 and worst <= 0.05
         number = f"{show(entry['vs_uniform'])}, worst task {worst:+.3f}"
         rows.append((f"- uniform <= -0.05, interval below 0, no task above +0.05 ({start})", number, met))
+        low, high = entry["t_interval"]
+        rows.append(
+            (f"the same interval by t over the task means ({start})", f"[{low:+.3f}, {high:+.3f}]", high < 0)
+        )
     for other in ("adalora", "eva"):
         if (other, "restart") in at:
             value = paired(other)

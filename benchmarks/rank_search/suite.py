@@ -131,8 +131,11 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "vision-only": ("type", {"group": "vision"}),
     "score-permuted": ("score", {}),
     "darts-permuted": ("darts", {}),
+    "darts-long": ("darts", {"alpha_rate": 0.1, "ramp": 5, "clip": 0.5}),
 }
 """Name -> method and its options. `-permuted` searches on data whose answers were shuffled."""
+LONGER = {"darts-long": 5}
+"""Searches with so many times the steps of the others."""
 INVERTED = ("score", "darts")
 STARTS = {
     "score": ("restart", "charged", "inherit"),
@@ -151,7 +154,8 @@ def search_all(model: Any, data: Data, settings: Settings, seed: int) -> dict[st
         if settings.methods and name not in settings.methods:
             continue
         source = permuted if name.endswith("-permuted") else data
-        found[name] = search_one(model, source, settings, seed, method, options)
+        steps = settings.warm * LONGER.get(name, 1)
+        found[name] = search_one(model, source, settings, seed, method, options, steps)
         if name in INVERTED:
             found[f"{name}-inverted"] = Found(gains=found[name].gains.inverted())
     for number in range(settings.random):
@@ -161,13 +165,13 @@ def search_all(model: Any, data: Data, settings: Settings, seed: int) -> dict[st
 
 
 def search_one(
-    model: Any, data: Data, settings: Settings, seed: int, method: str, options: dict[str, Any]
+    model: Any, data: Data, settings: Settings, seed: int, method: str, options: dict[str, Any], steps: int
 ) -> Found:
     start = time.process_time()
     config = SearchConfig(
         method=method,
         ranks=settings.ranks,
-        steps=settings.warm,
+        steps=steps,
         batch_size=settings.batch_size,
         learning_rate=settings.search_rate,
         seed=seed,
