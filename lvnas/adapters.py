@@ -109,7 +109,7 @@ def read_adapter(folder: Path, name: str | None = None) -> Adapter:
         modules=modules,
         files=[*weight_files, config.path],
         dtype=dtypes.pop() if len(dtypes) == 1 else "F32",
-        metadata=_read_metadata(folder, inside),
+        metadata=read_metadata(folder),
         saved=saved,
         notes=[*config.notes, *notes],
     )
@@ -196,11 +196,16 @@ def _read_shards(folder: Path, index: Path, inside: Path) -> tuple[dict[str, Ten
     return tensors, [folder / shard for shard in shards]
 
 
-def _read_metadata(folder: Path, inside: Path) -> dict[str, Any]:
-    path = folder / METADATA_NAME
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """lvnas.json of an adapter's folder; empty if there is none.
+
+    Raises:
+        BrokenFile: it is of another format, or holds values of another kind.
+    """
+    path = Path(folder) / METADATA_NAME
     if not path.exists() and not path.is_symlink():
         return {}
-    check_regular_file(path, inside)
+    check_regular_file(path, _allowed_root(Path(folder)))
     metadata = read_json_object(path)
     if metadata.get("format") != METADATA_FORMAT:
         raise BrokenFile(
@@ -217,4 +222,7 @@ def _read_metadata(folder: Path, inside: Path) -> dict[str, Any]:
     for key in ("task", "base"):
         if not isinstance(metadata.get(key), str | None):
             raise BrokenFile(path, "bad-option", f"{key} is {shorten(metadata[key])}, not text")
+    for key in ("provenance", "finetune"):
+        if not isinstance(metadata.get(key, {}), dict):
+            raise BrokenFile(path, "bad-option", f"{key} is {shorten(metadata[key])}, not an object")
     return metadata

@@ -3,6 +3,7 @@
 Legend: D input, O output, R highest rank of the search, r rank of a module.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lvnas import files
+from lvnas.adapter_config import CONFIG_NAME
+from lvnas.adapters import WEIGHTS_NAME, read_metadata
 from lvnas.errors import InputError
 from lvnas.modules import rank_pattern_key
 from lvnas.ranks import RankPlan, check_scaling
@@ -50,9 +53,8 @@ def derive(
         modules.
     """
     parameters = plan.parameters(shapes)
-    files.refuse_foreign(out, FACTS)
-    if "finetune" in (files.read_json(out / FACTS) if (out / FACTS).exists() else {}):
-        raise InputError(f"{out} holds a fine-tuned adapter: choose another --out or remove it")
+    _refuse_adapter(out)
+    files.check_out(out)
     if parameters == 0:
         raise InputError("every rank of the plan is 0; an adapter needs at least one module")
     trained, scale = _read_update(update) if update else ({}, plan.scale)
@@ -71,16 +73,27 @@ def derive(
     with files.atomic_folder(out) as folder:
         _write_config(lora_config(plan), folder)
         weights = safetensors.torch.save(tensors, {"format": "pt"})
-        files.write_bytes(folder / "adapter_model.safetensors", weights)
+        files.write_bytes(folder / WEIGHTS_NAME, weights)
         facts = {"format": FORMAT, **(features or {}), "task": plan.task, "base": plan.base}
         made = files.provenance(
             method=plan.method,
             parameters=parameters,
             start="inherit" if update else "restart",
+            derived_sha256=hashlib.sha256(weights).hexdigest(),
             seed=seed,
             search=dict(plan.provenance),
         )
         files.write_json(folder / FACTS, facts | {"provenance": made})
+
+
+def _refuse_adapter(out: Path) -> None:
+    """Lets `derive` replace only what `derive` made and nobody has changed."""
+    files.refuse_foreign(out, FACTS, CONFIG_NAME, WEIGHTS_NAME)
+    weights = out / WEIGHTS_NAME
+    if weights.exists():
+        made = read_metadata(out).get("provenance", {})
+        if made.get("derived_sha256") != files.sha256(weights):
+            raise InputError(f"{out} holds a trained or packed adapter: choose another --out or remove it")
 
 
 def derive_file(

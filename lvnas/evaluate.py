@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lvnas import bases, files, tasks
+from lvnas.adapters import read_adapter
 from lvnas.errors import InputError
 from lvnas.finetune import load_adapter, lora_parameters, read_facts
 from lvnas.progress import track
@@ -67,6 +68,8 @@ def evaluate(
     Raises:
         InputError: no such adapter, base or task; adapters of different bases; nothing to evaluate.
     """
+    if out is not None:
+        files.check_out(Path(out))
     jobs = _jobs([Path(adapter) for adapter in adapters], task)
     named = [job.facts for job in jobs if job.adapter]
     base = base or _only({facts.get("base") for facts in named}, "base")
@@ -101,6 +104,7 @@ def _jobs(adapters: Sequence[Path], task: str | None) -> list[_Job]:
         name = task or facts.get("task")
         if name is None:
             raise InputError(f"{adapter} does not say which task it is for; give it with --task")
+        read_adapter(adapter, name="adapter")  # refused before the base is loaded
         by_task.setdefault(name, []).append(_Job(name, adapter, facts))
     if not by_task:
         raise InputError("nothing to evaluate: give adapter folders, or --base and --task")
@@ -116,6 +120,11 @@ def _judge(
     adapted = load_adapter(model, job.adapter) if job.adapter else None
     judged = (adapted or model).to(next(model.parameters()).device).eval()
     loss, with_end = answer_loss(judged, processor, chosen, batch_size)
+    if not math.isfinite(loss):
+        who = job.adapter or "the base alone"
+        raise InputError(
+            f"the loss of {who} on {job.task} is {loss}: weights that overflow, or answers without text"
+        )
     answers = generate(judged, processor, chosen, batch_size)
     metric = METRICS[task.metric]
     scores = [metric(given, example.assistant) for given, example in zip(answers, chosen, strict=True)]

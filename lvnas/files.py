@@ -1,6 +1,7 @@
 """Files that are either the old version or the new one: atomic writes, hashes, provenance."""
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -23,13 +24,19 @@ VERSIONED = ("lvnas", "torch", "transformers", "peft", "accelerate", "safetensor
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target`; on success it replaces `target`, on any error it vanishes."""
-    target = Path(target)
+    """Yields an empty folder beside `target`; on success it replaces `target`, on any error it vanishes.
+
+    A link stays, and the folder that it names is replaced.
+    """
+    target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield draft
         draft.chmod(0o755)
+        if target.exists() and _exchange(draft, target):
+            shutil.rmtree(draft)
+            return
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
         if target.exists():
             os.replace(target, old / target.name)
@@ -40,19 +47,54 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def refuse_foreign(target: Path, *ours: str) -> None:
-    """Lets a command replace `target` only where it is missing, empty, or holds one of the names `ours`.
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step, so that nobody ever finds neither; whether the file system can."""
+    at_working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux' renameat2
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(at_working_folder, os.fsencode(one), at_working_folder, os.fsencode(other), exchange) == 0
+
+
+def refuse_foreign(target: Path, *ours: str, others: bool = False) -> None:
+    """Lets a command replace `target` only where it is missing or holds nothing but the files `ours`.
+
+    Drafts of those, which a kill may have left, count as ours. With `others` one of `ours` tells whose the folder is,
+    whatever else it holds.
 
     Raises:
-        InputError: `target` is a file, or a folder of something else, which replacing would destroy.
+        InputError: `target` is a file, or holds something else, which replacing would destroy.
     """
     target = Path(target)
-    held = {path.name for path in target.iterdir()} if target.is_dir() else None
-    if not target.exists() or held == set() or (held and held & set(ours)):
+    if not target.exists():
         return
+    if target.is_dir():
+        held = {path.name for path in target.iterdir()}
+        foreign = {
+            name for name in held - set(ours) if not name.startswith(tuple(f".{one}." for one in ours))
+        }
+        if not foreign or (others and held & set(ours)):
+            return
     raise InputError(
         f"{target} holds something else than what would replace it: choose another --out or remove it"
     )
+
+
+def check_out(target: Path) -> None:
+    """Refuses a place where nothing can be written, before a long job's result would be lost there.
+
+    Raises:
+        InputError: a part of the path is a file, or a folder that may not be written to.
+    """
+    place = Path(target).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{target} cannot be made: {place} is a file; choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{target} cannot be written: {place} is not yours to write to; choose another --out"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

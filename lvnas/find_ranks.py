@@ -65,9 +65,11 @@ def find_ranks(
     """
     names = targets if isinstance(targets, str) else ",".join(targets)
     check_scaling(scaling)
+    if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+        raise InputError(f"model is a {type(model).__name__} without parameters; expected a torch.nn.Module")
     device = next(model.parameters()).device
     streams = 2 if method in CHOOSING else 1
-    batches = list(itertools.islice(dataloader, streams * steps))
+    batches = list(itertools.islice(dataloader, max(streams * steps, 2)))
     if len(batches) < 2:
         raise InputError(f"the dataloader gave {len(batches)} batches; a search needs at least 2")
     config = SearchConfig(
@@ -126,6 +128,10 @@ class Cycle:
 
 
 def _size(batch: Mapping[str, Any]) -> int:
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            f"a batch is a {type(batch).__name__}; expected what `model(**batch)` takes, with labels"
+        )
     known = [name for name in ("input_ids", "labels", "pixel_values") if name in batch]
     if not known:
         raise InputError(

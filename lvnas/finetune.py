@@ -4,7 +4,10 @@ Every module's A and B at their own ranks are trained together; the base stays f
 section 3.3: fine-tuning of the derived model).
 """
 
+import hashlib
+import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from peft import PeftModel
 from torch import nn
 
 from lvnas import bases, checkpoint, files, tasks
+from lvnas.adapters import check_base, read_adapter, read_metadata
 from lvnas.errors import InputError
 from lvnas.progress import track
 from lvnas.tasks.batches import make_loader
@@ -48,6 +52,17 @@ class FinetuneConfig:
     save_every: int = 100
     """Steps between two saved states; the most that an interruption loses."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(f"learning rate {self.learning_rate} is not a number above 0")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight decay {self.weight_decay} is not a number from 0 on")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed {self.seed} is not a whole number from 0 to 4294967295")
+
 
 def finetune(
     adapter: Path, task: str, out: Path, config: FinetuneConfig, *, base: str | None = None
@@ -68,14 +83,20 @@ def finetune(
     base = base or facts.get("base")
     if base is None:
         raise InputError(f"{adapter} does not say which base it is for; give it with --base")
-    identity = {"adapter": _digest(adapter), "task": task, "base": base, "config": asdict(config)}
+    data = tasks.load_task(task)
+    identity: dict[str, Any] = {
+        "adapter": _digest(adapter, facts),
+        "task": task,
+        "data_sha256": data.sha256("train"),
+    }
+    identity |= {"base": base, "config": asdict(config)}
     if (out / "lvnas.json").exists():
         done = read_facts(out).get("finetune", {})
         if done.get("identity") == identity:
             return done
         raise InputError(f"{out} already holds another adapter; choose a new --out or remove it")
     files.refuse_foreign(out, STATE)
-    examples = tasks.load_task(task).splits["train"]
+    files.check_out(out)
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     set_seed(config.seed)
     model, processor = bases.load(
@@ -85,7 +106,12 @@ def finetune(
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
-    run = _Run(accelerator, model, make_loader(examples, processor, config.batch_size, shuffle=True), config)
+    run = _Run(
+        accelerator,
+        model,
+        make_loader(data.splits["train"], processor, config.batch_size, shuffle=True),
+        config,
+    )
     report = run.train(out, identity, f"fine-tuning {adapter.name} on {task}")
     if accelerator.is_main_process:
         _save(accelerator.unwrap_model(run.model), adapter, out, facts, base, task, identity, report)
@@ -97,28 +123,46 @@ def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) ->
     """`model` with the adapter folder's weights on it.
 
     Raises:
-        InputError: the folder is no PEFT adapter, or does not fit the model.
+        InputError: the folder is no adapter that could be packed (`lvnas.adapters.read_adapter`), or does not fit the
+            model.
     """
-    adapter = Path(adapter)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / name).is_file():
-            raise InputError(f"{adapter} is no PEFT adapter folder: it has no {name}")
+    found = read_adapter(Path(adapter), name="adapter")
+    shapes = {
+        n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
+    check_base(found, shapes, "this base")
     try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # they come below
+            peft_model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(f"adapter {adapter} does not fit this base: {error}") from None
+    if not found.config.adalora:
+        # PEFT passes over tensors that are called as in older releases of transformers.
+        for name, module in found.modules.items():
+            layer: Any = peft_model.get_submodule(f"base_model.model.{name}")
+            with torch.no_grad():
+                for target, value in zip(_matrices(layer, name, adapter), module.factors(), strict=True):
+                    target.copy_(value)
+    return peft_model
+
+
+def _matrices(layer: Any, name: str, adapter: Path) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B that PEFT made for a module."""
+    if not hasattr(layer, "lora_A"):
+        raise InputError(f"adapter {adapter} does not fit this base: its configuration does not reach {name}")
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 def read_facts(adapter: Path) -> dict[str, Any]:
     """`lvnas.json` of an adapter folder; empty for an adapter from elsewhere.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or the file is none of ours.
     """
     if not Path(adapter).is_dir():
         raise InputError(f"no such adapter folder: {adapter}")
-    path = Path(adapter) / "lvnas.json"
-    return files.read_json(path) if path.exists() else {}
+    return read_metadata(Path(adapter))
 
 
 def lora_parameters(model: nn.Module) -> int:
@@ -220,11 +264,10 @@ def warmup_cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warmup) / max(1, steps - warmup))).item())
 
 
-def _digest(adapter: Path) -> str:
-    weights = adapter / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise InputError(f"{adapter} is no PEFT adapter folder: it has no {weights.name}")
-    return files.sha256(weights)
+def _digest(adapter: Path, facts: dict[str, Any]) -> str:
+    """Of what decides the training: weights, configuration, and how the base computes."""
+    parts = [files.sha256(path) for path in read_adapter(adapter, name="adapter").files]
+    return hashlib.sha256(repr((parts, facts.get("vision_features"))).encode()).hexdigest()
 
 
 def _save(

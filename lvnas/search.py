@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lvnas import distributed, files
+from lvnas.adapters import METADATA_NAME
 from lvnas.checkpoint import load_state, save_state
 from lvnas.errors import InputError
 from lvnas.progress import track
@@ -98,24 +99,29 @@ def run(
     config: SearchConfig,
     out: Path,
     *,
-    base: str | None = None,
-    task: str | None = None,
     save_every: int = 20,
     title: str | None = None,
+    **about: Any,
 ) -> Gains:
     """The gains of a whole search, kept in the folder `out`; a finished one is read again, not repeated.
 
+    Args:
+        about: what else the search is (its base, its data), recorded in the folder.
+
     Raises:
-        InputError: see `fit`; or `out` holds a search with other settings.
+        InputError: see `fit`; or `out` holds a search with other settings, or an adapter.
     """
     out = Path(out)
-    identity = {"base": base, "task": task, "config": dataclasses.asdict(config)}
+    if (out / METADATA_NAME).exists():
+        raise InputError(f"{out} holds an adapter: choose another --out")
+    identity = {**about, "config": dataclasses.asdict(config)}
     if (out / SCORES).exists():
         saved = files.read_json(out / SCORES)
         _check_same(saved, identity, out / SCORES)
         if distributed.is_first():
             _clean(out)
         return read_gains(saved)
+    files.check_out(out)
     torch.manual_seed(config.seed)
     strategy = make_strategy(model, config)
     saving: Any = {"state_path": out / STATE, "identity": identity, "save_every": save_every}

@@ -1,6 +1,7 @@
 """`lvnas search`: searches a base on tasks, and allocates a budget with what it found: `ranks.json`."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 from lvnas import bases, distributed, files
+from lvnas.adapter_config import MAX_RANK
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.errors import InputError
 from lvnas.modules import find_targets
 from lvnas.ranks import RankPlan, check_scaling
-from lvnas.repeats import run_repeats
+from lvnas.repeats import run_repeats, seeds_of
 from lvnas.search import MEAN, SCORES, Shuffled, keep_mean, run
 from lvnas.strategies import CHOOSING, Gains, SearchConfig, check_method
 from lvnas.supernet import check_space
@@ -63,10 +65,25 @@ def no_gains(model: nn.Module, config: SearchConfig) -> Gains:
         InputError: an unknown method, or a space or targets that do not fit.
     """
     check_method(config.method)
+    _check_numbers(config)
     space = check_space(config.ranks)
     shapes = {n: (m.in_features, m.out_features) for n, m in find_targets(model, config.targets).items()}
+    if space[-1] > MAX_RANK:
+        raise InputError(f"rank {space[-1]} is above {MAX_RANK}, the highest that an adapter may have")
     zeros = np.zeros((len(shapes), len(space)))
     return Gains(shapes=shapes, ranks=space, values=zeros, errors=zeros, chooses=config.method in CHOOSING)
+
+
+def _check_numbers(config: SearchConfig) -> None:
+    for name in ("learning_rate", "scale"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{name.replace('_', ' ')} {value} is not a number above 0")
+    for name in ("steps", "batch_size"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if not 0 <= config.seed < 1 << 32:
+        raise InputError(f"seed {config.seed} is not a whole number from 0 to 4294967295")
 
 
 def search_tasks(
@@ -82,7 +99,10 @@ def search_tasks(
     from lvnas import tasks
     from lvnas.tasks.batches import Collator
 
-    splits = {task: tasks.load_task(task).splits for task in folders}
+    data = {task: tasks.load_task(task) for task in folders}
+    for out in folders.values():
+        files.check_out(out)
+    seeds_of(config, repeats)
     model, processor = bases.load(base, dtype=dtype)
     device = distributed.join()
     model.to(device)
@@ -93,18 +113,20 @@ def search_tasks(
 
     gains = {}
     for task, out in folders.items():
+        about = {"base": base, "task": task, "dtype": dtype}
+        about["data_sha256"] = data[task].sha256("train", "search")
 
-        def search(config: SearchConfig, out: Path, task: str = task) -> Gains:
+        def search(config: SearchConfig, out: Path, task: str = task, about: Any = about) -> Gains:
             train, held_out = (
-                Shuffled(splits[task][split], batch, config.batch_size, config.seed)
+                Shuffled(data[task].splits[split], batch, config.batch_size, config.seed)
                 for split in ("train", "search")
             )
             title = f"searching ranks of {base} for {task} ({config.method}, seed {config.seed})"
-            return run(model, train, held_out, config, out, base=base, task=task, title=title)
+            return run(model, train, held_out, config, out, title=title, **about)
 
         gains[task] = run_repeats(search, config, out, repeats)
         if repeats > 1:
-            identity = {"base": base, "task": task, "config": dataclasses.asdict(config), "repeats": repeats}
+            identity = {**about, "config": dataclasses.asdict(config), "repeats": repeats}
             keep_mean(gains[task], identity, out, out / f"seed-{config.seed}")
     return gains
 

@@ -46,9 +46,39 @@ def test_only_a_folder_of_ours_may_be_replaced(tmp_path):
     with pytest.raises(InputError, match=r"out holds something else .* choose another --out or remove it"):
         files.refuse_foreign(target, "run.json")
     (target / "run.json").write_text("{}")
-    files.refuse_foreign(target, "page.html", "run.json")
+    with pytest.raises(InputError, match="something else"):
+        files.refuse_foreign(target, "page.html", "run.json")
+    files.refuse_foreign(target, "page.html", "run.json", others=True)
     with pytest.raises(InputError, match="something else"):
         files.refuse_foreign(target / "thesis.tex", "run.json")
+    (target / "thesis.tex").rename(target / ".run.json.k1ll3d")  # what a kill leaves of an atomic write
+    files.refuse_foreign(target, "run.json")
+
+
+def test_an_old_folder_is_swapped_in_one_step(tmp_path, monkeypatch):
+    """A kill between two renames would leave neither under its name."""
+    with files.atomic_folder(tmp_path / "out") as draft:
+        (draft / "1").touch()
+    (tmp_path / "link").symlink_to("out")
+    moves = []
+    monkeypatch.setattr(files.os, "replace", lambda *names: moves.append(names))
+    with files.atomic_folder(tmp_path / "link") as draft:
+        (draft / "2").touch()
+    assert not moves and names(tmp_path) == ["link", "out"]
+    assert (tmp_path / "link").is_symlink() and names(tmp_path / "out") == ["2"]
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)  # a file system that cannot
+    with files.atomic_folder(tmp_path / "out") as draft:
+        (draft / "3").touch()
+    assert names(tmp_path) == ["link", "out"] and names(tmp_path / "out") == ["3"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_early(tmp_path):
+    files.check_out(tmp_path / "new/deep")
+    assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/deep cannot be made: .*file is a file; choose another --out"):
+        files.check_out(tmp_path / "file/deep")
 
 
 def test_a_file_keeps_its_old_content_when_writing_fails(tmp_path):

@@ -1,12 +1,16 @@
 """Derive, fine-tune, evaluate and report on the tiny architecture: real files, few steps."""
 
+import base64
 import dataclasses
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lvnas import bases
 from lvnas.derive import derive_file
@@ -68,6 +72,109 @@ def test_again_is_not_trained_again(trained, derived):
     assert (out / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="choose a new --out"):
         finetune(derived, "sum", out, SHORT)
+
+
+def test_another_adapter_or_other_data_is_another_run(derived, tmp_path):
+    """A changed scaling or a changed answer under the same name is no finished run."""
+    other = tmp_path / "other"
+    shutil.copytree(derived, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    rows = [
+        {
+            "images": [image_uri(number)],
+            "texts": [{"user": "What?", "assistant": str(number)}],
+        }
+        for number in range(60)
+    ]
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join(map(json.dumps, rows)))
+    short = dataclasses.replace(SHORT, steps=1)
+    first = finetune(derived, str(task), tmp_path / "out", short)
+    assert finetune(derived, str(task), tmp_path / "out", short) == first
+    with pytest.raises(InputError, match="already holds another adapter"):
+        finetune(other, str(task), tmp_path / "out", short)
+    for row in rows:
+        row["texts"][0]["assistant"] = "none"
+    task.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="already holds another adapter"):
+        finetune(derived, str(task), tmp_path / "out", short)
+
+
+def image_uri(number):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (4 * number, 0, 0)).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_what_a_kill_left_of_the_first_state_is_no_obstacle(derived, trained, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".finetune.pt.k1ll3d").write_bytes(b"half")
+    assert finetune(derived, "codewords", out, SHORT)["losses"] == trained[1]["losses"]
+    assert not (out / ".finetune.pt.k1ll3d").exists()
+
+
+def test_an_adapter_of_an_older_transformers_is_loaded_whole(raw_tiny, tmp_path):
+    """Before 4.52 the names began otherwise; PEFT would pass over such tensors with a warning."""
+    names = list(find_targets(bases.meta_model(str(raw_tiny)), "all"))
+    plan = RankPlan(ranks=dict.fromkeys(names, 2), base=str(raw_tiny), task="codewords")
+    plan.write(tmp_path / "ranks.json")
+    derive_file(tmp_path / "ranks.json", tmp_path / "adapter")
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = {name: torch.randn_like(value) for name, value in load_file(weights).items()}
+    save_file({old_name(name): value for name, value in tensors.items()}, weights)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in names})
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    loaded = load_adapter(bases.load(str(raw_tiny))[0], tmp_path / "adapter").state_dict()
+    for name, value in tensors.items():
+        assert old_name(name) != name
+        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], value), name
+
+
+def old_name(name):
+    return name.replace("model.vision_model.", "vision_model.").replace(
+        "model.language_model.", "language_model.model."
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("adapter_model.safetensors", b"", "adapter_model.safetensors: "),
+        ("adapter_config.json", b"[]", "adapter_config.json: "),
+        ("lvnas.json", b"[]", "lvnas.json: "),
+        ("lvnas.json", b'{"format": "lvnas-adapter/1", "base": 5}', "base is 5, not text"),
+        (
+            "lvnas.json",
+            b'{"format": "lvnas-adapter/1", "provenance": "y"}',
+            "provenance is 'y', not an object",
+        ),
+    ],
+)
+def test_a_damaged_adapter_is_one_line(derived, raw_tiny, tmp_path, lvnas, file, content, said):
+    shutil.copytree(derived, tmp_path / "adapter")
+    (tmp_path / "adapter" / file).write_bytes(content)
+    for command in (
+        ["finetune", tmp_path / "adapter", "codewords", "--out", tmp_path / "out", "--base", raw_tiny],
+        ["evaluate", tmp_path / "adapter", "--task", "codewords", "--base", raw_tiny],
+    ):
+        code, _, error = lvnas(*command)
+        assert code == 2 and said in error and error.count("\n") == 1
+
+
+def test_bad_numbers():
+    for settings, said in (
+        ({"learning_rate": float("nan")}, "learning rate nan"),
+        ({"learning_rate": -1.0}, "learning rate -1.0"),
+        ({"weight_decay": float("inf")}, "weight decay inf"),
+        ({"seed": -1}, "seed -1"),
+        ({"steps": 0}, "steps is 0"),
+    ):
+        with pytest.raises(InputError, match=said):
+            FinetuneConfig(**settings)
 
 
 def test_an_interrupted_run_goes_on_exactly(trained, derived, tmp_path, monkeypatch):
@@ -164,7 +271,7 @@ def test_bad_input(lvnas, tmp_path, derived, trained):
         (["finetune", derived, "sums", "--out", tmp_path / "x"], "unknown task 'sums'; allowed: codewords"),
         (
             ["finetune", tmp_path, "sum", "--base", "tiny", "--out", tmp_path / "x"],
-            "adapter_model.safetensors",
+            "adapter_config.json: missing-file",
         ),
         (["evaluate"], "--base"),
         (["evaluate", tmp_path / "nowhere"], "nowhere"),
@@ -184,11 +291,9 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, derived, raw_tiny):
     other.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (other / name).write_bytes((derived / name).read_bytes())
-    from safetensors.torch import save_file
-
     weights = load_file(other / "adapter_model.safetensors")
     first = next(name for name in weights if "lora_A" in name)
     weights[first] = torch.zeros(weights[first].shape[0], 7)
     save_file(weights, other / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="does not fit this base"):
+    with pytest.raises(InputError, match=r"shape-mismatch: .* this base has"):
         load_adapter(model, other)

@@ -38,7 +38,7 @@ def run(
         InputError: `out` holds something else; a bad trace; a model is not served; Locust broke off (the
             message is its first error, or its last word).
     """
-    refuse_foreign(out, "run.json")
+    refuse_foreign(out, "run.json", others=True)
     Plan(workload)  # reads the trace, which Locust's processes would complain about too late
     check_models(workload)
     with atomic_folder(out) as draft:

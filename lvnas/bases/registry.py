@@ -11,6 +11,8 @@ from lvnas.bases.vision_features import set_vision_features
 from lvnas.errors import InputError, unknown
 from lvnas.hub import HUB
 
+SAFE: Any = {"trust_remote_code": False}
+"""A checkpoint may bring Python code of its own; nothing that is loaded here is run."""
 BASES = ("tiny", *HUB)
 """The short names; any other Hub id (`owner/name`) or folder works as well."""
 
@@ -69,11 +71,13 @@ def base_config(base: str) -> Any:
         return tiny_config(build_processor([], tile=32, max_tiles=2))
     place = resolve(base)
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place, **SAFE)
         # A vLLM engine in this process registers its own configuration class under this model type.
         return MllamaConfig.from_pretrained(place) if config.model_type == "mllama" else config
     except (OSError, ValueError) as error:
-        raise InputError(f"base {base!r} has no configuration that transformers can load: {error}") from None
+        raise InputError(
+            f"base {base!r} has no configuration that transformers can load: {_said(error)}"
+        ) from None
 
 
 def model_class(config: Any) -> Any:
@@ -92,7 +96,7 @@ def meta_model(base: str) -> nn.Module:
     """The model of `base` on the meta device: all shapes, no weights, no download for the short names."""
     config = base_config(base)
     with torch.device("meta"):
-        return model_class(config).from_config(config)
+        return model_class(config).from_config(config, **SAFE)
 
 
 def load(
@@ -109,13 +113,18 @@ def load(
     Raises:
         InputError: the base is unknown or cannot be loaded.
     """
+    from transformers.utils import logging
+
     place = resolve(base)
     config = base_config(place)
+    logging.disable_progress_bar()  # its "Loading weights" comes between a command's own lines
     try:
-        model = model_class(config).from_pretrained(place, config=config, dtype=dtype, **options)
+        model = model_class(config).from_pretrained(
+            place, config=config, dtype=dtype, use_safetensors=True, **SAFE, **options
+        )
         processor = load_processor(place)
     except (OSError, ValueError) as error:
-        raise InputError(f"base {base!r} cannot be loaded: {error}") from None
+        raise InputError(f"base {base!r} cannot be loaded: {_said(error)}") from None
     return set_vision_features(model, vision_features), processor
 
 
@@ -123,4 +132,11 @@ def load_processor(place: str) -> Any:
     """The processor (or, for a text model, the tokenizer) of the base at a folder or Hub id."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(place)
+    return AutoProcessor.from_pretrained(place, **SAFE)
+
+
+def _said(error: Exception) -> str:
+    """transformers' message, without its advice to run a checkpoint's code."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, and lvnas runs none that comes with a checkpoint"
+    return str(error)

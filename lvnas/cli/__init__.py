@@ -51,6 +51,10 @@ def main() -> None:
         fail("interrupted; what was finished is kept, nothing is half-written", 130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        if error.strerror is None:
+            raise
+        fail(f"{error.filename or 'the system'}: {error.strerror}", 2)
 
 
 def fail(message: str, code: int) -> None:

@@ -12,7 +12,13 @@ import click
 @click.option("--base", help="Base of the adapter; by default the one that RANKS names.")
 @click.option("--inherit", is_flag=True, help="Start from the update that the search trained, beside RANKS.")
 @click.option("--scaling", help="constant, alpha (alpha / r) or rslora; by default the one that RANKS names.")
-@click.option("--seed", default=0, show_default=True, help="Of A, where the adapter starts afresh.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, (1 << 32) - 1),
+    default=0,
+    show_default=True,
+    help="Of A, where the adapter starts afresh.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def command(
     ranks: Path, out: Path, base: str | None, inherit: bool, scaling: str | None, seed: int, as_json: bool

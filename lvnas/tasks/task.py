@@ -29,6 +29,21 @@ class Task:
     metric: str
     """Name of the task's metric in `lvnas.tasks.metrics`."""
 
+    def sha256(self, *splits: str) -> str:
+        """The hex SHA-256 of the examples of `splits`: texts and pixels."""
+        pixels: dict[int, bytes] = {}  # one image has several questions
+        digest = hashlib.sha256()
+        for split in splits:
+            for example in self.splits[split]:
+                for image in example.images:
+                    if id(image) not in pixels:
+                        pixels[id(image)] = hashlib.sha256(
+                            f"{image.size}".encode() + image.tobytes()
+                        ).digest()
+                texts = repr((split, example.user, example.assistant))
+                digest.update(texts.encode() + b"".join(pixels[id(image)] for image in example.images))
+        return digest.hexdigest()
+
 
 def split_by_image(
     rows: Iterable[dict], shares: tuple[float, float] = (0.1, 0.1)

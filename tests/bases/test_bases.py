@@ -1,4 +1,6 @@
+import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -131,6 +133,26 @@ def test_unknown_bases(base, said, tmp_path, monkeypatch):
         said = "config.json"
     with pytest.raises(InputError, match=said):
         bases.resolve(base)
+
+
+@pytest.mark.parametrize("name", ["AutoConfig", "AutoModelForCausalLM"])
+def test_code_of_a_checkpoint_is_never_run(name, raw_tiny, tmp_path, lvnas, monkeypatch):
+    """Not even when somebody would say yes to transformers' question on stdin."""
+    folder, trace = tmp_path / "base", tmp_path / "it-ran"
+    shutil.copytree(raw_tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if name == "AutoConfig":
+        config["model_type"] = "evil"
+    config["auto_map"] = {name: "evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    if name == "AutoConfig":
+        with pytest.raises(InputError, match="lvnas runs none that comes with a checkpoint"):
+            bases.load(str(folder))
+    else:
+        bases.load(str(folder))  # transformers' own class of this name is there
+    assert not trace.exists()
 
 
 def test_a_base_that_cannot_be_downloaded_is_one_line(lvnas):

@@ -230,10 +230,16 @@ def test_never_replaces_what_it_did_not_make(tmp_path, shapes):
         derive(plan, shapes, tmp_path / "search")
     derive(plan, shapes, tmp_path / "adapter")
     derive(plan, shapes, tmp_path / "adapter", seed=1)
-    facts = json.loads((tmp_path / "adapter/lvnas.json").read_text())
-    (tmp_path / "adapter/lvnas.json").write_text(json.dumps({**facts, "finetune": {}}))
-    with pytest.raises(InputError, match="adapter holds a fine-tuned adapter"):
+    (tmp_path / "adapter/notes.txt").touch()
+    with pytest.raises(InputError, match="adapter holds something else"):
         derive(plan, shapes, tmp_path / "adapter")
+    (tmp_path / "adapter/notes.txt").unlink()
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    for _ in range(2):
+        with pytest.raises(InputError, match="adapter holds a trained or packed adapter"):
+            derive(plan, shapes, tmp_path / "adapter")
+        (tmp_path / "adapter/lvnas.json").unlink(missing_ok=True)  # as PEFT saves it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "search"]
 
 

@@ -225,6 +225,16 @@ def test_bad_input():
         lvnas.find_ranks(models.llama(), batches[:1], budget="2k")
     with pytest.raises(InputError, match=r"match no linear module of this model.*its modules: down_proj"):
         lvnas.find_ranks(models.llama(), batches, budget="2k", targets=["query"])
+    for bad in ("meta-llama/Llama-3.2-11B-Vision", torch.nn.ReLU()):
+        with pytest.raises(InputError, match="without parameters; expected a torch"):
+            lvnas.find_ranks(bad, batches, budget="2k")
+    with pytest.raises(InputError, match="a batch is a tuple; expected what"):
+        lvnas.find_ranks(models.llama(), [(torch.ones(1),)] * 2, budget="2k")
+    for settings, said in (({"steps": 0}, "steps is 0"), ({"learning_rate": -1.0}, "learning rate -1.0")):
+        with pytest.raises(InputError, match=said):
+            lvnas.find_ranks(models.llama(), batches, budget="2k", **settings)
+    with pytest.raises(InputError, match="rank 100000 is above 16384"):
+        lvnas.find_ranks(models.llama(), batches, budget="2k", ranks=[0, 100000])
     with pytest.raises(InputError, match="a batch has x; it needs labels"):
         lvnas.find_ranks(models.llama(), [{"x": torch.ones(1)}] * 2, budget="2k")
     with pytest.raises(InputError, match="0 repeats"):

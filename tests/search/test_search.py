@@ -153,6 +153,13 @@ def test_a_search_folder(tmp_path):
     assert np.array_equal(gains.errors, nothing_left_to_do.errors)
     with pytest.raises(InputError, match="search with steps 5, not 6; use another --out"):
         search.run(models.mllama(), None, None, config("score", steps=6), **run)
+    about = run | {"dtype": "float32", "data_sha256": "0" * 64}
+    with pytest.raises(InputError, match="search with dtype None, not 'float32'; use another --out"):
+        search.run(models.mllama(), None, None, config("score"), **about)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/lvnas.json").write_text("{}")
+    with pytest.raises(InputError, match="adapter holds an adapter: choose another --out"):
+        search.run(models.mllama(), None, None, config("score"), tmp_path / "adapter")
     (out / "scores.json").unlink()
     search.run(models.mllama(), Stream(0), Stream(100), config("uniform"), **run)
     assert {path.name for path in out.iterdir()} == {
