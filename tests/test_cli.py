@@ -119,3 +119,15 @@ def test_the_help_page_is_in_step():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_line(lvnas, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for arguments in (
+        ["tasks", "codewords", "--out", tmp_path / "file/x"],
+        ["search", "codewords", "--method", "uniform", "--params", "100k", "--out", tmp_path / "file/x"],
+        ["search", "codewords", "--method", "uniform", "--params", "100k", "--out", tmp_path / "file"],
+    ):
+        code, out, err = lvnas(*arguments)
+        assert (code, out) == (2, ""), err
+        assert err.count("\n") == 1 and str(tmp_path / "file") in err
