@@ -131,7 +131,7 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "vision-only": ("type", {"group": "vision"}),
     "score-permuted": ("score", {}),
     "darts-permuted": ("darts", {}),
-    "darts-long": ("darts", {"alpha_rate": 0.1, "ramp": 5, "clip": 0.5}),
+    "darts-long": ("darts", {"ramp": 5, "clip": 0.5}),
 }
 """Name -> method and its options. `-permuted` searches on data whose answers were shuffled."""
 LONGER = {"darts-long": 5}
