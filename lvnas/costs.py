@@ -8,6 +8,7 @@ costs then depends on the others (`Costs.shared`).
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +106,12 @@ def _from_file(by: str, shapes: Shapes, ranks: list[int], path: Path) -> Costs:
     content = files.read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is no cost table of format {FORMAT!r}; make one with `lvnas profile`")
-    if by not in content["tables"]:
-        raise InputError(f"{path} has no table {by!r}; it has {', '.join(content['tables'])}")
-    measured, table = content["ranks"], content["tables"][by]
+    measured, tables = content.get("ranks"), content.get("tables")
+    if not isinstance(measured, list) or not isinstance(tables, dict):
+        raise InputError(f"{path} is broken: it needs ranks and tables; make it again with `lvnas profile`")
+    if by not in tables:
+        raise InputError(f"{path} has no table {by!r}; it has {', '.join(tables)}")
+    table = _checked(tables[by], by, measured, path)
     if missing := [rank for rank in ranks if rank not in measured and rank > 0]:
         raise InputError(
             f"{path} has no costs of rank {missing[0]}, only of {', '.join(map(str, measured))}; "
@@ -126,6 +130,27 @@ def _from_file(by: str, shapes: Shapes, ranks: list[int], path: Path) -> Costs:
     # Measured times may cross by chance; a higher rank is never taken for cheaper.
     values = np.maximum.accumulate(np.array(rows), axis=1)
     return Costs(unit=table["unit"], ranks=ranks, values=values, shared=table["shared"])
+
+
+def _checked(table: Any, by: str, ranks: list[Any], path: Path) -> dict[str, Any]:
+    """The table `by` of the file at `path` if it is whole."""
+    kinds = {"unit": str, "shared": bool, "costs": dict}
+    if isinstance(table, dict) and all(isinstance(table.get(key), kind) for key, kind in kinds.items()):
+        numbers = [ranks, *table["costs"].values()]
+        if table["unit"] in UNITS.values() and all(_are_costs(row, len(ranks)) for row in numbers):
+            return table
+    raise InputError(
+        f"{path} is broken: its table {by!r} needs a unit ({', '.join(sorted(set(UNITS.values())))}), shared, and "
+        "costs with one finite number >= 0 for each of its ranks; make it again with `lvnas profile`"
+    )
+
+
+def _are_costs(row: Any, count: int) -> bool:
+    return (
+        isinstance(row, list)
+        and len(row) == count
+        and all(type(value) in (int, float) and 0 <= value <= sys.float_info.max for value in row)
+    )
 
 
 def parse_amount(text: str | float, unit: str) -> float:
@@ -153,6 +178,6 @@ def parse_count(text: str | int) -> float:
         InputError: not a number with such a suffix.
     """
     match = re.fullmatch(r"\s*([0-9_]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgb]?)\s*", str(text).lower())
-    if not match:
+    if not match or float(match[1]) * _SUFFIXES[match[2]] > sys.float_info.max:
         raise InputError(f"budget {text!r} is not a number of parameters; write 103255040, 103.3M or 1.2G")
     return float(match[1]) * _SUFFIXES[match[2]]

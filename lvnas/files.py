@@ -134,7 +134,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError, RecursionError) as error:
+    except (ValueError, IsADirectoryError, RecursionError) as error:  # also a number of too many digits
         raise InputError(f"not a JSON file: {path} ({error})") from None
 
 

@@ -11,7 +11,7 @@ from lvnas.adapter_config import CONFIG_NAME
 from lvnas.adapters import Adapter, read_adapter
 from lvnas.errors import InputError
 from lvnas.layouts import legal_rank
-from lvnas.packfolder import MANIFEST_NAME, read_manifest
+from lvnas.manifest import MANIFEST_NAME, read_manifest
 from lvnas.ranks import RankPlan
 from lvnas.tensorfile import ITEM_BYTES
 from lvnas.values import dtype_name
@@ -63,7 +63,7 @@ def planned_shape(path: Path, base: str | None, item_bytes: int = 2) -> Shape:
     """The shape of the adapter that the ranks file at `path` would give on `base` (by default the file's own).
 
     Raises:
-        InputError: not a ranks file, no base named, or modules that the base does not have.
+        InputError: not a ranks file, no base named, modules that the base does not have, or no rank above 0.
     """
     from lvnas.bases.shapes import linear_shapes
 
@@ -74,6 +74,8 @@ def planned_shape(path: Path, base: str | None, item_bytes: int = 2) -> Shape:
     shapes = linear_shapes(base)
     plan.parameters(shapes)
     modules = {name: (*shapes[name], rank) for name, rank in plan.ranks.items() if rank}
+    if not modules:
+        raise InputError(f"{path} gives every module rank 0: no adapter; give at least one a rank above 0")
     return Shape(name=path.stem, base=base, item_bytes=item_bytes, modules=modules)
 
 
@@ -112,10 +114,9 @@ def describe(source: Path, base: str | None = None) -> list[dict[str, Any]]:
             _describe_shape(shape)
             | {"layout": manifest["layout"]}
             | {
-                key: entries[shape.name][key]
-                for key in ("path", "dtype", "scaling", "task", "vision_features")
+                key: entries[shape.name].get(key)
+                for key in ("path", "dtype", "scaling", "task", "vision_features", "pre_image_rows", "files")
             }
-            | {"pre_image_rows": entries[shape.name]["pre_image_rows"], "files": entries[shape.name]["files"]}
             for shape in shapes
         ]
     return [_describe_shape(shapes[0])]
@@ -163,27 +164,32 @@ def plan(shapes: Sequence[Shape], adapters: int, slots: int) -> list[dict[str, A
         raise InputError(f"{adapters} adapters and {slots} slots; both must be at least 1")
     if not shapes:
         raise InputError("no adapters to plan for; give at least one")
-    chosen = [shapes[index % len(shapes)] for index in range(adapters)]
-    ranks = sorted({shape.max_rank for shape in chosen})
-    groups = {rank: [shape for shape in chosen if shape.max_rank == rank] for rank in ranks}
-    own = sorted((shape.layout_bytes()["ragged"] for shape in chosen), reverse=True)
+    each, rest = divmod(adapters, len(shapes))
+    chosen = [(shape, each + (index < rest)) for index, shape in enumerate(shapes) if each or index < rest]
+    ranks = sorted({shape.max_rank for shape, _ in chosen})
+    groups = [[(shape, count) for shape, count in chosen if shape.max_rank == rank] for rank in ranks]
+    padded, ragged = (
+        sum(count * shape.layout_bytes()[layout] for shape, count in chosen) for layout in ("pad", "ragged")
+    )
     return [
-        _planned("pad", [chosen], slots, disk=sum(shape.layout_bytes()["pad"] for shape in chosen)),
-        _planned(
-            "group", list(groups.values()), slots, disk=sum(shape.layout_bytes()["pad"] for shape in chosen)
-        ),
-        _planned("ragged", [chosen], slots, disk=sum(own)) | {"device_bytes": sum(own[:slots])},
+        _planned("pad", [chosen], slots, disk=padded),
+        _planned("group", groups, slots, disk=padded),
+        _planned("ragged", [chosen], slots, disk=ragged) | {"device_bytes": _largest(chosen, slots)},
     ]
 
 
-def _planned(layout: str, engines: list[list[Shape]], slots: int, disk: int) -> dict[str, Any]:
+def _planned(
+    layout: str, engines: Sequence[Sequence[tuple[Shape, int]]], slots: int, disk: int
+) -> dict[str, Any]:
+    """One layout's memory; an engine's members are shapes with the number of adapters of each."""
     settings = []
     for members in engines:
         widths: dict[str, int] = {}
-        for shape in members:
+        for shape, _ in members:
             widths |= {name: inputs + outputs for name, (inputs, outputs, _) in shape.modules.items()}
-        rank, resident = max(shape.max_rank for shape in members), min(slots, len(members))
-        size = resident * rank * sum(widths.values()) * max(shape.item_bytes for shape in members)
+        rank = max(shape.max_rank for shape, _ in members)
+        resident = min(slots, sum(count for _, count in members))
+        size = resident * rank * sum(widths.values()) * max(shape.item_bytes for shape, _ in members)
         settings.append({"max_lora_rank": rank, "max_loras": resident, "device_bytes": size})
     return {
         "layout": layout,
@@ -193,13 +199,32 @@ def _planned(layout: str, engines: list[list[Shape]], slots: int, disk: int) -> 
     }
 
 
+def _largest(members: Sequence[tuple[Shape, int]], slots: int) -> int:
+    """Bytes of the values of the `slots` largest adapters."""
+    total = 0
+    for shape, count in sorted(members, key=lambda member: member[0].layout_bytes()["ragged"], reverse=True):
+        taken = min(count, slots)
+        total += taken * shape.layout_bytes()["ragged"]
+        slots -= taken
+    return total
+
+
 def diff(first: Adapter, second: Adapter) -> dict[str, Any]:
     """How two adapters differ: modules, ranks, and for shared modules the relative distance of their updates.
 
-    Distance is the Frobenius norm of the updates' difference over that of the first one's update.
+    Distance is the Frobenius norm of the updates' difference over that of the first one's update; 1 where only the
+    second has one.
+
+    Raises:
+        InputError: modules of different sizes, or a first adapter without any update, which distances are relative to.
     """
     shared = [name for name in first.modules if name in second.modules]
     distances = {name: update_distance(first.modules[name], second.modules[name]) for name in shared}
+    if any(distances.values()) and not any(_has_update(module) for module in first.modules.values()):
+        raise InputError(
+            f"{first.name} has no update: all its B or A are 0, so that no distance can be relative to it; "
+            f"name {second.name} first"
+        )
     ranks = {
         name: [first.modules[name].rank, second.modules[name].rank]
         for name in shared
@@ -221,6 +246,8 @@ def diff(first: Adapter, second: Adapter) -> dict[str, Any]:
 def update_distance(first: "Factored", second: "Factored") -> float:
     """|| s1 B1 A1 - s2 B2 A2 || / || s1 B1 A1 || in the Frobenius norm, without forming the updates.
 
+    1 where the first update is 0 and the second is not, 0 where both are.
+
     Raises:
         InputError: modules of different sizes.
     """
@@ -231,7 +258,11 @@ def update_distance(first: "Factored", second: "Factored") -> float:
     (a1, b1), (a2, b2) = ((a.double(), b.double()) for a, b in (first.factors(), second.factors()))
     # The difference is one product [B1, B2] @ [s1 A1; -s2 A2]; two QR factorisations leave a small core of its norm.
     difference = _norm(torch.cat([first.scale * a1, -second.scale * a2]), torch.cat([b1, b2], dim=1))
-    return difference / max(_norm(first.scale * a1, b1), 1e-300)
+    return difference / (_norm(first.scale * a1, b1) or difference or 1.0)
+
+
+def _has_update(module: "Factored") -> bool:
+    return all(bool(factor.any()) for factor in module.factors())
 
 
 def _norm(a_RD: "Tensor", b_OR: "Tensor") -> float:

@@ -5,6 +5,7 @@ Gains of different tasks must be in one unit for that: those of one method, sear
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,14 @@ def allocate_jointly(
         weights: what a task's gains count, such as its share of the traffic; 1 where none is given.
 
     Raises:
-        InputError: spaces that differ, a weight of an unknown task or below 0, the layout `group`, or a budget
+        InputError: spaces that differ, a weight of an unknown task or not in [0, inf), the layout `group`, or a budget
         out of reach.
     """
     weights = dict(weights or {})
     for task, weight in weights.items():
         if task not in gains:
             raise unknown("task in weights", task, gains)
-        if not weight >= 0:
+        if not 0 <= weight < math.inf:
             raise InputError(f"weight {weight} of {task} is not a number >= 0")
     if budget.by == "group":
         raise InputError(

@@ -21,7 +21,8 @@ from lvnas.adapters import METADATA_FORMAT, METADATA_NAME, WEIGHTS_NAME, Adapter
 from lvnas.cards import CARD_NAME, model_card
 from lvnas.errors import InputError
 from lvnas.hub import HUB
-from lvnas.packfolder import MANIFEST_FORMAT, PackFolder
+from lvnas.manifest import MANIFEST_FORMAT
+from lvnas.packfolder import PackFolder
 from lvnas.prepare import PackOptions, Prepared, prepare
 from lvnas.serving import check_names, groups, serve_settings, serving_files
 from lvnas.tensorfile import Planned, write_tensors
@@ -59,6 +60,7 @@ def pack(
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"two adapters are called {twice!r}; name one of them with NAME=FOLDER")
     check_names(names, base)
+    check_initial_adapter(adapters, options)
     folder = PackFolder(out)
     folder.check(options.layout, base)
     entries = [_pack_one(adapter, folder, options, base, progress) for adapter in adapters]
@@ -83,6 +85,19 @@ def common_base(adapters: list[Adapter], base: str | None) -> str:
                 "one pack serves one base: pack it apart"
             )
     return wanted
+
+
+def check_initial_adapter(adapters: list[Adapter], options: PackOptions) -> None:
+    """Refuses an initial adapter that would not be used.
+
+    Raises:
+        InputError: one is given, and the training of none of `adapters` changed the base.
+    """
+    if options.initial_adapter is not None and not any(adapter.config.changed_base for adapter in adapters):
+        raise InputError(
+            f"initial adapter {str(options.initial_adapter)!r} has no use: init_lora_weights of none of the "
+            "adapters (PiSSA, OLoRA, CorDA, LoRA-GA) changed the base; leave --initial-adapter out"
+        )
 
 
 def _last_part(base: str) -> str:

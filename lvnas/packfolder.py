@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,64 +17,10 @@ from typing import Any
 from lvnas import files
 from lvnas.adapters import METADATA_NAME, WEIGHTS_NAME
 from lvnas.errors import InputError
-from lvnas.tensorfile import BrokenFile, check_regular_file, read_json_object, shorten
+from lvnas.manifest import MANIFEST_NAME, read_manifest
+from lvnas.tensorfile import read_json_object
 
-MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT = "lvnas-pack/1"
 PROVENANCE_NAME = "provenance.json"
-_MANIFEST_TYPES: dict[str, type] = {"layout": str, "base": str, "serve": dict}
-_ENTRY_TYPES: dict[str, type] = {
-    "name": str,
-    "path": str,
-    "sha256": str,
-    "dtype": str,
-    "scaling": dict,
-    "ranks": dict,
-    "files": dict,
-    "max_rank": int,
-    "bytes": int,
-    "parameters": int,
-}
-_ENTRY_PATH = re.compile(r"adapters/[A-Za-z0-9][A-Za-z0-9._-]{0,95}-[0-9a-f]{12}")
-_SERVING_PATH = re.compile(r"serving/[0-9a-f]{12}")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the pack in `folder`, its shape checked: enough to trust every path in it.
-
-    Raises:
-        InputError: no pack there.
-        BrokenFile: a manifest that is malformed, of another version, or names paths outside the pack.
-    """
-    path = Path(folder) / MANIFEST_NAME
-    if not path.exists():
-        raise InputError(f"no pack in {str(folder)!r}: it has no {MANIFEST_NAME}; make one with lvnas pack")
-    check_regular_file(path, Path(folder))
-    manifest = read_json_object(path)
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise BrokenFile(
-            path, "unknown-format", f"format {shorten(manifest.get('format'))}; expected {MANIFEST_FORMAT!r}"
-        )
-    entries = manifest.get("adapters")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise BrokenFile(path, "bad-manifest", "adapters must be a list of objects")
-    for key, kind in _MANIFEST_TYPES.items():
-        if not isinstance(manifest.get(key), kind):
-            raise BrokenFile(path, "bad-manifest", f"{key} is {shorten(manifest.get(key))}")
-    for entry in entries:
-        for key, kind in _ENTRY_TYPES.items():
-            if not isinstance(entry.get(key), kind):
-                raise BrokenFile(path, "bad-manifest", f"{key} of an adapter is {shorten(entry.get(key))}")
-        if not _ENTRY_PATH.fullmatch(entry["path"]):
-            raise BrokenFile(
-                path, "path-out-of-pack", f"{shorten(entry['path'])}; expected adapters/<name>-<hash>"
-            )
-    if "serving" in manifest and not _SERVING_PATH.fullmatch(str(manifest["serving"])):
-        raise BrokenFile(path, "path-out-of-pack", f"{shorten(manifest['serving'])}; expected serving/<hash>")
-    names = [entry["name"] for entry in entries]
-    if len(set(names)) != len(names):
-        raise BrokenFile(path, "duplicate-name", "two adapters have one name")
-    return manifest
 
 
 def folder_hash(hashes: Mapping[str, str]) -> str:
@@ -110,11 +55,10 @@ class PackFolder:
             raise InputError(f"{self.root} is a file; name a folder for the pack with --out")
         manifest = self.manifest()
         if manifest is None:
-            foreign = self.root.is_dir() and {path.name for path in self.root.iterdir()} - {
-                "adapters",
-                "serving",
-                ".lock",
-            }
+            present = {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
+            # A kill may leave these without a manifest.
+            ours = {"adapters", "serving", ".lock", PROVENANCE_NAME, *(path.name for path in self._drafts())}
+            foreign = present - ours
             if foreign:
                 raise InputError(
                     f"{self.root} holds other files ({min(foreign)}); name a new folder with --out"
@@ -187,6 +131,8 @@ class PackFolder:
                     with files.atomic_folder(target) as draft:
                         for name, text in texts.items():
                             files.write_text(draft / name, text)
+            for abandoned in self._drafts():
+                abandoned.unlink(missing_ok=True)
             files.write_json(self.root / PROVENANCE_NAME, files.provenance())
             files.write_json(self.root / MANIFEST_NAME, manifest)
         return manifest
@@ -197,6 +143,11 @@ class PackFolder:
         with (self.root / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+    def _drafts(self) -> list[Path]:
+        """Drafts of the two files of the root; who holds the lock may remove them, nobody else writes any."""
+        names = (PROVENANCE_NAME, MANIFEST_NAME)
+        return [path for name in names for path in self.root.glob(f".{name}.*") if path.is_file()]
 
     def _remove_abandoned(self) -> None:
         """Removes drafts whose writer is gone: the system releases a dead process's lock."""

@@ -1,6 +1,7 @@
 """A rank for every module: `ranks.json`, and what it costs in parameters."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lvnas import files
+from lvnas.adapter_config import MAX_RANK
 from lvnas.errors import InputError, unknown
 from lvnas.modules import canonical_name
 
@@ -15,6 +17,12 @@ FORMAT = "lvnas-ranks/1"
 SCALINGS = {"constant": 0.0, "alpha": 1.0, "rslora": 0.5}
 """Convention -> e of the scaling s * (R / r) ** e, R the highest rank. `constant`: alpha grows with the rank.
 `alpha`: one alpha for all, alpha / r. `rslora`: one alpha for all, alpha / sqrt(r) (arXiv 2312.03732)."""
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("base", "task", "method"), (str, "text or null")),
+    "space": (list, "a list of ranks"),
+    **dict.fromkeys(("scaling", "provenance"), (dict, "an object {...}")),
+}
+_RANK = f"a whole number >= 0, at most {MAX_RANK}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,7 +67,7 @@ class RankPlan:
         """Reads `ranks.json`, or a bare JSON object {module name: rank} as other tools publish.
 
         Raises:
-            InputError: not such a file, a rank that is not a whole number >= 0, or an unknown scaling.
+            InputError: not such a file, or a value that cannot be: the message names it.
         """
         value = files.read_json(path)
         if not isinstance(value, dict):
@@ -72,22 +80,34 @@ class RankPlan:
         if not isinstance(ranks, dict) or not ranks:
             raise InputError(f"{path} names no module's rank; expected an object of module name: rank")
         for name, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-                raise InputError(f"{path}: rank {json.dumps(rank)} of {name} is not a whole number >= 0")
+            if not _is_rank(rank):
+                raise _bad(path, f"rank of {name}", rank, _RANK)
         named = {canonical_name(name): rank for name, rank in ranks.items()}
         if len(named) != len(ranks):
             twice = [name for name, count in Counter(map(canonical_name, ranks)).items() if count > 1]
             raise InputError(f"{path} names a module twice: {twice[0]}")
         if "format" not in value:
             return cls(ranks=named)
+        for key, (kind, expected) in _KINDS.items():
+            if not isinstance(value.get(key), kind | None):
+                raise _bad(path, key, value[key], expected)
+        space, scaling = value.get("space") or [], value.get("scaling") or {}
+        for rank in space:
+            if not _is_rank(rank):
+                raise _bad(path, "rank of the space", rank, _RANK)
+        scale, convention = scaling.get("scale", 1.0), scaling.get("convention", "constant")
+        if type(scale) not in (int, float) or not 0 < scale <= sys.float_info.max:
+            raise _bad(path, "scale", scale, "a number > 0")
+        if convention not in list(SCALINGS):
+            raise _bad(path, "scaling convention", convention, f"one of {', '.join(SCALINGS)}")
         return cls(
             ranks=named,
             base=value.get("base"),
             task=value.get("task"),
             method=value.get("method"),
-            space=value.get("space") or [],
-            scale=float(value.get("scaling", {}).get("scale", 1.0)),
-            scaling=check_scaling(value.get("scaling", {}).get("convention", "constant")),
+            space=space,
+            scale=float(scale),
+            scaling=convention,
             provenance=value.get("provenance") or {},
         )
 
@@ -132,6 +152,14 @@ def check_scaling(name: str) -> str:
     if name not in SCALINGS:
         raise unknown("scaling", name, SCALINGS)
     return name
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RANK
+
+
+def _bad(path: Path, what: str, value: Any, expected: str) -> InputError:
+    return InputError(f"{path}: {what} is {json.dumps(value)[:80]}; expected {expected}")
 
 
 def _kind(value: Any) -> str:

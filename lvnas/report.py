@@ -1,7 +1,10 @@
 """`lvnas report`: pictures and tables of what the other verbs wrote."""
 
 import io
+import itertools
 import re
+import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +22,9 @@ from lvnas.evaluate import FORMAT, Result
 from lvnas.modules import ATTENTION, GATED_MLP, PLAIN_MLP, is_vision
 from lvnas.ranks import RankPlan
 from lvnas.tables import markdown
+from lvnas.tensorfile import shorten
 
+RANKS, RESULTS = "ranks.json", "results.json"
 KINDS = (*ATTENTION, *GATED_MLP, *PLAIN_MLP)
 _LAYER = re.compile(r"^(?P<stack>.*?)\.?(?:layers|layer|blocks|h)\.(?P<index>\d+)\.(?P<rest>.*)$")
 
@@ -27,39 +32,78 @@ _LAYER = re.compile(r"^(?P<stack>.*?)\.?(?:layers|layer|blocks|h)\.(?P<index>\d+
 def report(paths: Sequence[Path], out: Path) -> list[Path]:
     """Draws a rank map for every ranks file or adapter folder in `paths`, and a table for every results.json.
 
+    A path that is given twice counts once. Files take the last part of their path as name, with the folder before it
+    where several paths end alike.
+
     Returns:
         The files written into the folder `out`.
 
     Raises:
-        InputError: a path that is none of these.
+        InputError: a path that is none of these; nothing is written then.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    places = list(dict.fromkeys(_place(Path(path).resolve()) for path in paths))
+    tables = {place: read_results(place) for place in places if place.name == RESULTS}
+    maps = {place: read_ranks(place) for place in places if place.name != RESULTS}
+    names = dict(zip([*tables, *maps], [*_names(list(tables)), *_names(list(maps))], strict=True))
     written = []
-    for path in map(Path, paths):
-        if path.name == "results.json" or (path / "results.json").is_file():
-            source = path if path.is_file() else path / "results.json"
-            target = out / "table.md"
-            files.write_text(target, markdown(read_results(source)) + "\n")
+    for place in places:
+        if place in tables:
+            written.append(Path(out) / ("table.md" if len(tables) == 1 else f"{names[place]}-table.md"))
+            files.write_text(written[-1], markdown(tables[place]) + "\n")
         else:
-            ranks = read_ranks(path)
-            name = path.parent.name if path.name == "ranks.json" else path.stem
-            target = out / f"{name}-ranks.png"
-            rank_map(ranks, target, title=name)
-        written.append(target)
+            written.append(Path(out) / f"{names[place]}-ranks.png")
+            rank_map(maps[place], written[-1], title=names[place])
     return written
+
+
+def _place(path: Path) -> Path:
+    return path / RESULTS if (path / RESULTS).is_file() else path
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """A name for each place: the last part that tells something, its folder before it if another ends alike, and a
+    number behind it if that is taken."""
+    subjects = [
+        place.parent if place.name in (RANKS, RESULTS) else place if place.is_dir() else place.with_suffix("")
+        for place in places
+    ]
+    counts = Counter(subject.name for subject in subjects)
+    names: list[str] = []
+    for subject in subjects:
+        name = subject.name if counts[subject.name] == 1 else f"{subject.parent.name}-{subject.name}"
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(next(free for free in itertools.chain([name], numbered) if free not in names))
+    return names
 
 
 def read_results(path: Path) -> list[Result]:
     """The rows of a results.json.
 
     Raises:
-        InputError: not such a file.
+        InputError: not such a file, or a row that is no result.
     """
     value = files.read_json(path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"{path} is no {FORMAT} file")
-    return [Result(**row) for row in value["rows"]]
+    rows = value.get("rows")
+    if not isinstance(rows, list):
+        raise InputError(f"{path} has no list of rows; write it again with lvnas evaluate --out")
+    return [_result(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _result(row: typing.Any, where: str) -> Result:
+    kinds = typing.get_type_hints(Result)
+    if not isinstance(row, dict) or row.keys() != kinds.keys():
+        raise InputError(
+            f"{where} is {shorten(row)}; expected {', '.join(kinds)}; write it again with lvnas evaluate --out"
+        )
+    for key, kind in kinds.items():
+        is_whole = type(row[key]) is int and kind is not int and abs(row[key]) < 1 << 53
+        if not isinstance(float(row[key]) if is_whole else row[key], kind):
+            raise InputError(
+                f"{where}: {key} is {shorten(row[key])}; write it again with lvnas evaluate --out"
+            )
+    return Result(**row)
 
 
 def read_ranks(path: Path) -> dict[str, int]:

@@ -18,7 +18,8 @@ from typing import Any
 from lvnas.adapters import Adapter, check_base, read_adapter
 from lvnas.errors import InputError, unknown
 from lvnas.layouts import legal_rank
-from lvnas.packfolder import MANIFEST_NAME, hash_files, read_manifest
+from lvnas.manifest import MANIFEST_NAME, read_manifest
+from lvnas.packfolder import hash_files
 from lvnas.serving import check_names, serve_settings
 from lvnas.sizes import parse_bytes
 from lvnas.sources import find_adapters

@@ -13,7 +13,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         InputError: not a size of at least one byte.
     """
-    matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", text.strip().lower())
+    matched = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", text.strip().lower())
     size = int(float(matched[1]) * _UNITS[matched[2]]) if matched else 0
     if size < 1:
         raise InputError(f"{text!r} is no size; write it like 100MB or 512MiB")

@@ -32,6 +32,8 @@ def find_adapters(sources: Iterable[str]) -> list[Adapter]:
 
 def _resolve(source: str) -> list[Adapter]:
     name, equals, place = source.rpartition("=") if not Path(source).exists() else ("", "", source)
+    if not place:  # an empty path would be the current folder
+        raise InputError(f"ADAPTER {source!r} names no place; give a folder, a Hub id or NAME=one of these")
     given = name if equals else None
     folder = Path(place)
     if folder.is_dir():

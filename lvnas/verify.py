@@ -9,7 +9,8 @@ from lvnas.adapters import Adapter, read_adapter
 from lvnas.errors import InputError
 from lvnas.layouts import legal_rank
 from lvnas.lora_modules import LoraModule
-from lvnas.packfolder import folder_hash, hash_files, read_manifest
+from lvnas.manifest import read_manifest
+from lvnas.packfolder import folder_hash, hash_files
 from lvnas.serving import groups, serve_settings, serving_files
 from lvnas.tensorfile import check_regular_file
 

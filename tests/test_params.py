@@ -63,6 +63,27 @@ def test_json_output(lvnas):
         ('{"format": "lvnas-ranks/9", "ranks": {"a": 1}}', "lvnas-ranks/9"),
         ('{"vision_model.a": 1, "model.vision_model.a": 2}', "twice"),
         ("{", "not a JSON file"),
+        ('{"a": 100000000000000000000000}', r"ranks\.json: rank of a is 10{23}; expected .* at most 16384"),
+        *(
+            (f'{{"format": "lvnas-ranks/1", "ranks": {{"a": 1}}, {more}}}', said)
+            for more, said in (
+                ('"base": 5', r"ranks\.json: base is 5; expected text"),
+                ('"space": ["a"]', 'rank of the space is "a"; expected a whole number'),
+                ('"space": 4', "space is 4; expected a list"),
+                ('"provenance": "x"', 'provenance is "x"; expected an object'),
+                ('"scaling": "constant"', 'scaling is "constant"; expected an object'),
+                (
+                    '"scaling": {"convention": ["a"]}',
+                    r'convention is \["a"\]; expected one of constant, alpha',
+                ),
+                ('"scaling": {"scale": "x"}', 'scale is "x"; expected a number > 0'),
+                ('"scaling": {"scale": NaN}', "scale is NaN"),
+                ('"scaling": {"scale": 1e999}', "scale is Infinity"),
+                ('"scaling": {"scale": 0}', "scale is 0"),
+                ('"scaling": {"scale": -1.5}', "scale is -1.5"),
+                ('"scaling": {"scale": true}', "scale is true"),
+            )
+        ),
     ],
 )
 def test_bad_ranks_files(tmp_path, content, said):

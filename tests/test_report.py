@@ -1,9 +1,11 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from lvnas.errors import InputError
-from lvnas.report import _stacks, rank_map, read_results
+from lvnas.report import _stacks, rank_map, read_results, report
 
 
 def test_stacks_put_each_rank_in_its_place():
@@ -37,3 +39,57 @@ def test_not_a_results_file(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(InputError, match="lvnas-results/1"):
         read_results(tmp_path / "results.json")
+
+
+ROW = {
+    "task": "sum",
+    "adapter": "a",
+    "method": None,
+    "loss": 1.0,
+    "perplexity": 2.7,
+    "perplexity_with_end": 2.5,
+    "metric": "exact",
+    "score": 0.5,
+    "examples": 4,
+    "parameters": 10,
+    "share": 0.1,
+    "epoch_seconds": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "has no list of rows"),
+        ([ROW, {"task": "sum"}], "row 2 is {'task': 'sum'}; expected task, adapter"),
+        ([ROW | {"more": 1}], "row 1 is"),
+        ([5], "row 1 is 5"),
+        ([ROW | {"perplexity": "low"}], "row 1: perplexity is 'low'"),
+        ([ROW | {"share": None}], "row 1: share is None"),
+        ([ROW | {"loss": 10**400}], "row 1: loss is 10"),
+    ],
+)
+def test_rows_that_are_no_results(tmp_path, rows, said):
+    (tmp_path / "results.json").write_text(json.dumps({"format": "lvnas-results/1", "rows": rows}))
+    with pytest.raises(InputError, match=rf"results\.json.*{said}.*lvnas evaluate"):
+        report([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_file_takes_another_s_name(tmp_path):
+    ranks = json.dumps({"model.layers.0.mlp.up_proj": 4})
+    results = json.dumps({"format": "lvnas-results/1", "rows": [ROW]})
+    for name in ("one/adapter.json", "two/adapter.json", "two/x/ranks.json", "three/adapter.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(ranks)
+    for name in ("one", "two"):
+        (tmp_path / name / "results.json").write_text(results)
+    paths = [tmp_path / "one/adapter.json", tmp_path / "two/adapter.json", tmp_path / "two/x/ranks.json"]
+    paths += [tmp_path / "one", tmp_path / "two/results.json"]
+    again = tmp_path / "two/../one/adapter.json"
+    written = report([*paths, again, tmp_path / "one/results.json"], tmp_path / "out")
+    names = ["one-adapter-ranks.png", "two-adapter-ranks.png", "x-ranks.png", "one-table.md", "two-table.md"]
+    assert [path.name for path in written] == names
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
+    alone = report([tmp_path / "three/adapter.json", again.parent], tmp_path / "alone")
+    assert [path.name for path in alone] == ["adapter-ranks.png", "table.md"]

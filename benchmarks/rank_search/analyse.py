@@ -90,12 +90,12 @@ def random_losses(cell: dict, start: str = "restart") -> np.ndarray:
 def compare(cells: Cells, budget: float) -> list[dict]:
     """Per method and start at a budget: losses against uniform ranks and random plans that start alike.
 
-    Where such random plans did not run in every cell, all are compared with those that restart.
+    Where no such random plans ran, those that restart stand in; where they ran in some cells, those count.
     """
     chosen = {key: cell for key, cell in cells.items() if key[2] == budget and len(random_losses(cell))}
     table = []
     for start, name in itertools.product(("restart", "charged", "inherit"), ORDER):
-        alike = start if all(len(random_losses(cell, start)) for cell in chosen.values()) else "restart"
+        alike = start if any(len(random_losses(cell, start)) for cell in chosen.values()) else "restart"
         rows = []
         for (task, _, _), cell in chosen.items():
             if (name, start) not in cell:
@@ -103,25 +103,21 @@ def compare(cells: Cells, budget: float) -> list[dict]:
             draws, loss = random_losses(cell, alike), cell[name, start]["test"]
             same = ("uniform", start)
             uniform = cell[same if same in cell else ("uniform", "restart")]["test"]
-            rows.append(
-                {
-                    "task": task,
-                    "loss": loss,
-                    "vs_random": loss - draws.mean(),
-                    "vs_uniform": loss - uniform,
-                    "percentile": 100 * (draws < loss).mean(),
-                    "worse_than_all": float(loss > draws.max()),
-                }
-            )
+            rows.append({"task": task, "loss": loss, "vs_uniform": loss - uniform})
+            if len(draws):
+                rows[-1] |= {"vs_random": loss - draws.mean(), "percentile": 100 * (draws < loss).mean()}
+                rows[-1] |= {"worse_than_all": float(loss > draws.max())}
         if not rows:
             continue
         entry: dict = {"budget": budget, "method": name, "start": start, "cells": len(rows)}
         entry["random_start"] = alike
         for what in ("loss", "vs_random", "vs_uniform", "percentile", "worse_than_all"):
-            entry[what] = interval([(row["task"], row[what]) for row in rows])
-        entry["below_random"] = float(np.mean([row["vs_random"] < 0 for row in rows]))
+            entry[what] = interval([(row["task"], row[what]) for row in rows if what in row])
+        entry["below_random"] = [row["vs_random"] < 0 for row in rows if "vs_random" in row]
         by_task = {task: [r["vs_uniform"] for r in rows if r["task"] == task] for task, _, _ in chosen}
-        entry["vs_uniform_by_task"] = {task: float(np.mean(values)) for task, values in by_task.items()}
+        entry["vs_uniform_by_task"] = {
+            task: float(np.mean(values)) for task, values in by_task.items() if values
+        }
         entry["t_interval"] = t_interval(entry["vs_uniform_by_task"])
         table.append(entry)
     return table
@@ -190,7 +186,7 @@ def markdown(table: list[dict]) -> str:
     lines += [
         f"| {e['budget']:g} | {e['start']} | {e['method']} | {e['loss'][0]:.3f} | {show(e['vs_random'])} | "
         f"{show(e['vs_uniform'])} | {max(e['vs_uniform_by_task'].values()):+.3f} | "
-        f"{e['percentile'][0]:.0f} | {e['below_random']:.0%} of {e['cells']} |"
+        f"{e['percentile'][0]:.0f} | {np.mean(e['below_random']):.0%} of {len(e['below_random'])} |"
         for e in table
     ]
     return "\n".join(lines)
@@ -229,6 +225,8 @@ def report(cells: Cells, searches: dict, cost: Path | None) -> str:
             f"random plan {within:.3f}, between the random plans of a cell {between:.3f}."
         )
     correlations = "; ".join(f"{m} {seeds:.2f} ({tasks:.2f})" for m, (seeds, tasks) in agreements.items())
+    if len({key[1] for key in cells}) == 1:  # one seed agrees with none
+        return "\n\n".join(parts)
     parts.append(
         f"Rank correlation of the modules' scores, among modules of one size, between seeds of a task (between tasks): "
         f"{correlations}."

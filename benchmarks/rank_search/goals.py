@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 Value = tuple[float, float, float]
 
 
@@ -30,7 +32,7 @@ def goals(
     rows: list[tuple[str, str, bool | None]] = []
     for start in ("restart", "inherit"):
         entry = at["score", start]
-        percentile, below = entry["percentile"][0], entry["below_random"]
+        percentile, below = entry["percentile"][0], float(np.mean(entry["below_random"]))
         who = start if entry["random_start"] == start else f"{start}; random plans {entry['random_start']}"
         rows += [
             (f"mean percentile within random <= 10 ({who})", f"{percentile:.0f}", percentile <= 10),

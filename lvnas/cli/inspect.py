@@ -49,7 +49,7 @@ def command(
         show = _show_diff
     elif as_plan:
         shapes = [shape for source in sources for shape in inspect.read_shapes(source, base)]
-        result = inspect.plan(shapes, adapters or len(shapes), slots)
+        result = inspect.plan(shapes, len(shapes) if adapters is None else adapters, slots)
         show = _show_plan
     else:
         result = [found for source in sources for found in inspect.describe(source, base)]

@@ -77,10 +77,12 @@ def _merge(found: list[Any], out: Path, base: str, options: Any, advance: Any) -
     from lvnas.base_weights import find_base_folder
     from lvnas.errors import InputError
     from lvnas.merge import merge
+    from lvnas.pack import check_initial_adapter
     from lvnas.prepare import prepare
 
     if len(found) != 1:
         raise InputError(f"--merge takes one adapter, not {len(found)}")
+    check_initial_adapter(found, options)
     modules = prepare(found[0], options, base).layout.modules
     merge(modules, find_base_folder(base), out, found[0].config.fan_in_fan_out, advance)
 

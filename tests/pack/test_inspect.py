@@ -56,6 +56,18 @@ def test_a_plan_for_each_layout(tmp_path: Path) -> None:
         plan(shapes, adapters=6, slots=0)
 
 
+def test_planning_counts_and_does_not_list(tmp_path: Path) -> None:
+    for name, rank in (("low", 4), ("high", 60)):
+        make_adapter(tmp_path / name, {"model.layers.0.q_proj": (32, 16, rank)}, dtype=torch.bfloat16)
+    shapes = [adapter_shape(read_adapter(tmp_path / name)) for name in ("low", "high")]
+    pad, group, ragged = plan(shapes, adapters=10**12 + 1, slots=10**12)
+    low, high = 10**12 // 2 + 1, 10**12 // 2
+    assert [engine["max_loras"] for engine in group["engines"]] == [low, high]
+    assert pad["disk_bytes"] == (8 * low + 64 * high) * 48 * 2
+    assert ragged["device_bytes"] == (4 * (low - 1) + 60 * high) * 48 * 2
+    assert len(plan(shapes, adapters=1, slots=1)[1]["engines"]) == 1
+
+
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the paper's ranks are not beside this checkout")
 def test_the_published_ranks_without_weights() -> None:
     shape = planned_shape(PUBLISHED, "llama-3.2-11b-vision")
@@ -71,6 +83,30 @@ def test_a_ranks_file_needs_a_base(tmp_path: Path) -> None:
         read_shapes(tmp_path / "ranks.json")
     (shape,) = read_shapes(tmp_path / "ranks.json", "llama-3.2-11b-vision")
     assert shape.parameters == 4 * (4096 + 14336)
+
+
+def test_a_plan_without_any_rank(tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps({"model.language_model.layers.0.mlp.up_proj": 0}))
+    with pytest.raises(InputError, match=r"zero\.json gives every module rank 0"):
+        read_shapes(tmp_path / "zero.json", "llama-3.2-11b-vision")
+
+
+def test_differences_from_nothing(tmp_path: Path) -> None:
+    """An adapter that was not trained has B = 0: nothing is relative to it."""
+    trained = read_adapter(make_adapter(tmp_path / "trained"))
+    weights = load_file(make_adapter(tmp_path / "fresh") / "adapter_model.safetensors")
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    kept = f"base_model.model.{name}.lora_B.weight"
+    fresh = {k: torch.zeros_like(v) if k.endswith("lora_B.weight") else v for k, v in weights.items()}
+    save_file(fresh, tmp_path / "fresh/adapter_model.safetensors")
+    empty = read_adapter(tmp_path / "fresh")
+    with pytest.raises(InputError, match=r"fresh has no update.*name trained first"):
+        diff(empty, trained)
+    assert all(x == pytest.approx(1) for x in diff(trained, empty)["distances"].values())
+    assert diff(empty, empty)["largest_distance"] == 0
+    save_file(fresh | {kept: weights[kept]}, tmp_path / "fresh/adapter_model.safetensors")
+    found = diff(read_adapter(tmp_path / "fresh"), trained)["distances"]
+    assert found.pop(name) < 1e-6 and set(found.values()) == {1.0}
 
 
 def test_differences(tmp_path: Path) -> None:

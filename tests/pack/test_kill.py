@@ -125,3 +125,17 @@ def test_kill_at_a_few_points(sources: Path, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_kill_at_fifty_points(sources: Path, tmp_path: Path) -> None:
     kill_at_random_points(sources, tmp_path, 50)
+
+
+def test_what_a_kill_before_the_first_manifest_leaves(tmp_path: Path) -> None:
+    adapter = read_adapter(make_adapter(tmp_path / "a"))
+    wanted = pack([adapter], tmp_path / "pack")
+    (tmp_path / "pack/manifest.json").rename(tmp_path / "pack/.manifest.json.q1w2")
+    (tmp_path / "pack/.provenance.json.x").write_text("{")
+    assert pack([adapter], tmp_path / "pack") == wanted
+    assert {path.name for path in (tmp_path / "pack").iterdir()} == {
+        ".lock",
+        "adapters",
+        "manifest.json",
+        "provenance.json",
+    }

@@ -250,6 +250,28 @@ def test_the_command_from_start_to_end(
     assert not (tmp_path / "p2").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "ADAPTER '' names no place"),
+        (["x="], "ADAPTER 'x=' names no place"),
+        (["a", "--params", "1e999"], "budget '1e999' is not a number of parameters"),
+        (["a", "--target-bytes", "9" * 400], "9+' is no size"),
+        (["a", "--initial-adapter", "nowhere"], "initial adapter 'nowhere' has no use.*leave"),
+    ],
+)
+def test_what_the_command_refuses(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvnas.cli import lvnas
+
+    make_adapter(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        lvnas.main(["pack", *arguments, "--out", "pack"], standalone_mode=False)
+    assert not (tmp_path / "pack").exists()
+
+
 def test_nothing_of_this_machine_is_in_a_pack(tmp_path: Path) -> None:
     pack([read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "pack")
     for path in (tmp_path / "pack").rglob("*"):

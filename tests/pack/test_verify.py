@@ -144,6 +144,19 @@ def test_a_manifest_that_says_otherwise(
         ("bad-manifest", lambda m: m["adapters"][0].update(ranks=[])),
         ("bad-manifest", lambda m: m.pop("serve")),
         ("unknown-format", lambda m: m.update(format="lvnas-pack/9")),
+        ("layout of the pack is 'heap'; expected one of pad", lambda m: m.update(layout="heap")),
+        ("slots of the pack is 'x'; expected a whole number", lambda m: m.update(slots="x")),
+        ("serve of the pack is .*pack again", lambda m: m.update(serve={"a": [1]})),
+        ("groups of the pack is missing", lambda m: m.pop("groups")),
+        ("groups of the pack is", lambda m: m["groups"][0]["adapters"].append("c")),
+        ("scaling of a is {}; expected", lambda m: m["adapters"][0].update(scaling={})),
+        (
+            "scaling of a is",
+            lambda m: m["adapters"][0].update(scaling={"convention": "per-module", "scale": {"b": 1.0}}),
+        ),
+        ("ranks of adapter 'a' is {'m': 'x'}", lambda m: m["adapters"][0].update(ranks={"m": "x"})),
+        ("max_rank of adapter 'a' is True", lambda m: m["adapters"][0].update(max_rank=True)),
+        ("task of adapter 'a' is 5", lambda m: m["adapters"][0].update(task=5)),
     ],
 )
 def test_a_manifest_that_cannot_be_trusted(

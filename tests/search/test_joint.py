@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lvnas.allocate import Budget, plan_ranks
+from lvnas.costs import costs
 from lvnas.errors import InputError
 from lvnas.joint import allocate_jointly
 from lvnas.strategies.base import Gains
@@ -75,6 +76,7 @@ def test_bad_input():
     for weights, budget, message in (
         ({"third": 1}, Budget(params=60), "unknown task in weights 'third'; allowed: first, second"),
         ({"first": -1}, Budget(params=60), "weight -1 of first"),
+        ({"first": float("inf")}, Budget(params=60), "weight inf of first is not a number >= 0"),
         ({}, Budget(like_uniform=1, by="group"), "jointly with --budget-by pad or ragged"),
         ({}, Budget(params=600), "reach 0 to 272"),
         ({}, Budget(), "needs a budget"),
@@ -83,6 +85,31 @@ def test_bad_input():
             allocate_jointly(found, budget, weights=weights)
     with pytest.raises(InputError, match="of second are not those of the other tasks"):
         allocate_jointly({"first": gains(0), "second": gains(1, ranks=[0, 1])}, Budget(params=60))
+
+
+TABLE = {"unit": "bytes", "shared": False, "costs": {"3x4": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranks": None},
+        {"tables": None},
+        {"tables": {"t": 5}},
+        {"tables": {"t": TABLE | {"unit": ["bytes"]}}},
+        {"tables": {"t": TABLE | {"costs": {"3x4": [1]}}}},
+        {"tables": {"t": TABLE | {"costs": {"3x4": [1, "x"]}}}},
+        {"tables": {"t": TABLE | {"costs": {"3x4": [1, float("nan")]}}}},
+    ],
+)
+def test_a_broken_cost_table(tmp_path, change):
+    whole = {"format": "lvnas-costs/1", "ranks": [1, 2], "tables": {"t": TABLE}}
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps(whole))
+    assert costs("t", {"a": (3, 4)}, [0, 1, 2], file).values.tolist() == [[0, 1, 2]]
+    file.write_text(json.dumps({key: value for key, value in (whole | change).items() if value is not None}))
+    with pytest.raises(InputError, match=r"costs\.json is broken: .* make it again with `lvnas profile`"):
+        costs("t", {"a": (3, 4)}, [0, 1, 2], file)
 
 
 def test_as_it_is_typed(lvnas, raw_tiny, tmp_path):

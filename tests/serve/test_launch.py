@@ -115,6 +115,17 @@ def test_a_damaged_pack_is_refused_with_file_and_reason(packed) -> None:
         plan([str(folder)], ServeOptions())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"serve": {"a": [1]}}, "serve of the pack"), ({"layout": "group"}, "groups of the pack is missing")],
+)
+def test_a_manifest_that_is_wrong_is_refused_by_its_value(packed, changes, message: str) -> None:
+    manifest = packed() / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+    with pytest.raises(InputError, match=rf"manifest\.json: bad-manifest: {message}"):
+        plan([str(manifest.parent)], ServeOptions())
+
+
 def test_an_adapter_of_another_base_is_refused(adapters: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=r"adapter_model\.safetensors: (shape-mismatch|not-in-base)"):
         plan([f"x={adapters['vision-1']}"], ServeOptions(base="llama-3.2-11b-vision"))

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -29,6 +31,15 @@ def cauldron_rows(count):
         }
         for number, picture in enumerate(pictures(count))
     ]
+
+
+def png_of_size(width, height):
+    """A PNG that says its size and holds no pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", b""))
+    )
 
 
 def image_sets(task):
@@ -103,11 +114,25 @@ def test_a_users_own_file(tmp_path, kind):
         ('{"images": ["missing.png"], "texts": []}', "missing.png"),
         ('{"images": [], "texts": [{"user": "?"}]}', "assistant"),
         ('{"images": ["data:image/png;base64,!!"], "texts": []}', "row 1"),
+        ('{"images": [5], "texts": []}', "row 1: TypeError: image 5; expected"),
+        ('{"images": [null], "texts": []}', "row 1: TypeError: image None"),
+        ('{"images": ["huge.png"], "texts": []}', "row 1: DecompressionBombError"),
+        (
+            '{"images": [], "texts": [{"user": "?", "assistant": "!"}]}',
+            "row 1: .*no image; every row needs one",
+        ),
+        (
+            '{"images": ["one.png"], "texts": [{"user": "a <|image|>?", "assistant": "!"}]}',
+            r"row 1: .*a text holds <\|image\|>",
+        ),
+        ('{"images": [' + "9" * 5000 + "]}", "line 1: not JSON"),
     ],
 )
 def test_broken_rows_are_named(tmp_path, line, said):
     path = tmp_path / "mine.jsonl"
     path.write_text(line)
+    pictures(1)[0].save(tmp_path / "one.png")
+    (tmp_path / "huge.png").write_bytes(png_of_size(20_000, 20_000))
     with pytest.raises(InputError, match=said):
         load_task(str(path))
 
@@ -119,3 +144,24 @@ def test_too_few_images(tmp_path):
         load_task(str(path))
     with pytest.raises(InputError, match="no such file"):
         load_task(str(tmp_path / "none.parquet"))
+
+
+def test_files_that_are_damaged(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"images": ["é.png"]}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.jsonl is not UTF-8 .* at byte 13"):
+        load_task(str(tmp_path / "latin.jsonl"))
+    path = tmp_path / "mine.parquet"
+    datasets.Dataset.from_dict({"images": [["a.png"] * 1000] * 50, "texts": [[]] * 50}).to_parquet(path)
+    data = bytearray(path.read_bytes())
+    for start, length in ((4, 40), (len(data) // 3, 60), (len(data) - 60, 40), (0, 4)):
+        path.write_bytes(data[:start] + b"\xff" * length + data[start + length :])
+        with pytest.raises(InputError, match=r"mine\.parquet"):
+            load_task(str(path))
+
+
+def test_a_line_separator_within_a_text(tmp_path):
+    pictures(1)[0].save(tmp_path / "one.png")
+    row = {"images": ["one.png"], "texts": [{"user": "a\u2028b", "assistant": "c"}]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row, ensure_ascii=False))
+    with pytest.raises(InputError, match="too few images"):  # the row itself is one
+        load_task(str(tmp_path / "mine.jsonl"))
