@@ -8,40 +8,46 @@ import numpy as np
 matplotlib.use("Agg")
 from curves import Curve
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator
 
 OURS = ("score",)
+STARTS = ("restart", "charged", "inherit")
 
 
 def comparison(cells: dict, tables: list[list[dict]], path: Path) -> None:
     """Per budget: each method's test loss minus uniform's, with intervals, over the spread of random plans."""
+    plans = list(dict.fromkeys((e["start"], e["method"]) for table in tables for e in table))
+    plans.sort(key=lambda plan: STARTS.index(plan[0]))  # else in the order of the tables
+    labels = [method + ("" if start == "restart" else f" ({start})") for start, method in plans]
     figure, axes = pyplot.subplots(
-        1, len(tables), figsize=(4.6 * len(tables) + 1.4, 5.2), squeeze=False, sharey=True
+        1, len(tables), figsize=(4.2 * len(tables) + 1.8, 0.26 * len(plans) + 1.2), squeeze=False, sharey=True
     )
     for axis, table in zip(axes[0], tables, strict=True):
-        entries = table[::-1]
-        labels = [e["method"] + ("" if e["start"] == "restart" else f" ({e['start']})") for e in entries]
-        middle = np.array([e["vs_uniform"][0] for e in entries])
-        ends = np.array([e["vs_uniform"][1:] for e in entries]).T
-        colours = ["tab:blue" if e["method"] in OURS else "0.6" for e in entries]
+        places = np.array([plans.index((e["start"], e["method"])) for e in table])
+        middle = np.array([e["vs_uniform"][0] for e in table])
+        ends = np.array([e["vs_uniform"][1:] for e in table]).T
+        colours = ["tab:blue" if e["method"] in OURS else "0.6" for e in table]
         axis.axvline(0, color="black", lw=0.8)
-        axis.barh(labels, middle, color=colours, height=0.6, zorder=2)
+        axis.barh(places, middle, color=colours, height=0.6, zorder=2)
         axis.errorbar(
-            middle, labels, xerr=np.abs(ends - middle), fmt="none", color="black", lw=1, capsize=2, zorder=3
+            middle, places, xerr=np.abs(ends - middle), fmt="none", color="black", lw=1, capsize=2, zorder=3
         )
         draws = [
             row["test"] - cell["uniform", "restart"]["test"]
             for key, cell in cells.items()
             if key[2] == table[0]["budget"]
-            for (method, _), row in cell.items()
-            if method.startswith("random-")
+            for (method, start), row in cell.items()
+            if method.startswith("random-") and start == "restart"
         ]
         axis.axvspan(
             *np.percentile(draws, [10, 90]), color="tab:orange", alpha=0.18, zorder=0, label="80% of random"
         )
-        axis.set_xlim(left=max(axis.get_xlim()[0], -1.0), right=min(axis.get_xlim()[1], 1.0))
+        axis.set_xlim(-0.4, 0.7)
+        axis.set_yticks(range(len(plans)), labels)
         axis.set_title(f"budget: uniform rank {table[0]['budget']:g}")
         axis.set_xlabel("test loss - uniform's, nats (left is better)")
         axis.legend(loc="lower right", fontsize=8, frameon=False)
+    axes[0, 0].invert_yaxis()
     _save(figure, path)
 
 
@@ -60,6 +66,9 @@ def curves(runs: dict[str, list[Curve]], path: Path) -> None:
             axis.axvline(curve.sufficient, color="0.5", lw=0.8, ls=":")
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:.2g}")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+            axis.yaxis.set_minor_formatter("{x:.1g}")
             axis.set_title(curve.task)
             axis.set_xlabel("parameters, in uniform ranks")
         places[0].set_ylabel(f"test loss, nats\n{name.replace('; ', chr(10))}")
