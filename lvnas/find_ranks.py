@@ -15,7 +15,7 @@ from lvnas.errors import InputError
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.repeats import mean_gains, seeds_of
 from lvnas.search import fit, gains_of
-from lvnas.strategies import CHOOSING, SearchConfig, make_strategy
+from lvnas.strategies import CHOOSING, Gains, SearchConfig, make_strategy
 from lvnas.task_search import no_gains
 
 
@@ -86,24 +86,11 @@ def find_ranks(
     if not isinstance(budget, Budget):
         budget = Budget(params=budget)
     plan_ranks(no_gains(model, config), budget, max_rank=max_rank)  # refuses what it would after the search
-    training = model.training
-    grads = {name: p.requires_grad for name, p in model.named_parameters()}
     train, held_out = Cycle(batches[::streams], device), Cycle(batches[streams - 1 :: streams], device)
-    found_gains = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for one in seeds_of(config, repeats):
-            torch.manual_seed(one.seed)
-            strategy = make_strategy(model, one)
-            try:
-                title = f"searching ranks ({method}, seed {one.seed})" if progress else None
-                fit(strategy, train, held_out, title=title)
-                found_gains.append(gains_of(strategy))
-            finally:
-                strategy.close()
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(grads[name])
-                model.train(training)
-    gains = mean_gains(found_gains)
+        gains = mean_gains(
+            [_search(model, one, train, held_out, progress) for one in seeds_of(config, repeats)]
+        )
     plan = RankPlan(
         ranks=plan_ranks(gains, budget, max_rank=max_rank),
         method=method,
@@ -114,6 +101,25 @@ def find_ranks(
     found: Any = lora_config(plan)
     found.lvnas_gains = gains
     return found
+
+
+def _search(
+    model: nn.Module, config: SearchConfig, train: "Cycle", held_out: "Cycle", progress: bool
+) -> Gains:
+    """The gains of one search; `model` comes back as it was."""
+    training = model.training
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    torch.manual_seed(config.seed)
+    strategy = make_strategy(model, config)
+    try:
+        title = f"searching ranks ({config.method}, seed {config.seed})" if progress else None
+        fit(strategy, train, held_out, title=title)
+        return gains_of(strategy)
+    finally:
+        strategy.close()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(grads[name])
+        model.train(training)
 
 
 class Cycle:
