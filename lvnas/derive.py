@@ -12,18 +12,16 @@ from typing import Any
 import safetensors.torch
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from lvnas import files
 from lvnas.adapter_config import CONFIG_NAME
-from lvnas.adapters import WEIGHTS_NAME, read_metadata
+from lvnas.adapters import METADATA_FORMAT, METADATA_NAME, WEIGHTS_NAME, read_metadata
 from lvnas.errors import InputError
-from lvnas.modules import rank_pattern_key
+from lvnas.modules import linear_shapes, rank_pattern_key
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.supernet import factor
 
-FORMAT = "lvnas-adapter/1"
-FACTS = "lvnas.json"
 NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest are rounding errors of an update that does not have them."""
 
@@ -74,7 +72,7 @@ def derive(
         _write_config(lora_config(plan), folder)
         weights = safetensors.torch.save(tensors, {"format": "pt"})
         files.write_bytes(folder / WEIGHTS_NAME, weights)
-        facts = {"format": FORMAT, **(features or {}), "task": plan.task, "base": plan.base}
+        facts = {"format": METADATA_FORMAT, **(features or {}), "task": plan.task, "base": plan.base}
         made = files.provenance(
             method=plan.method,
             parameters=parameters,
@@ -83,12 +81,12 @@ def derive(
             seed=seed,
             search=dict(plan.provenance),
         )
-        files.write_json(folder / FACTS, facts | {"provenance": made})
+        files.write_json(folder / METADATA_NAME, facts | {"provenance": made})
 
 
 def _refuse_adapter(out: Path) -> None:
     """Lets `derive` replace only what `derive` made and nobody has changed."""
-    files.refuse_foreign(out, FACTS, CONFIG_NAME, WEIGHTS_NAME)
+    files.refuse_foreign(out, METADATA_NAME, CONFIG_NAME, WEIGHTS_NAME)
     weights = out / WEIGHTS_NAME
     if weights.exists():
         made = read_metadata(out).get("provenance", {})
@@ -123,9 +121,7 @@ def derive_file(
     if plan.base is None:
         raise InputError(f"{ranks} names no base; give one with --base")
     model: Any = meta_model(plan.base)
-    shapes = {
-        n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)
-    }
+    shapes = linear_shapes(model)
     # How `lvnas.bases.load` computes Mllama, on which search and fine-tuning run.
     mllama = {"vision_features": "reference", "pre_image_rows": "transformers"}
     features = mllama if model.config.model_type == "mllama" else {}

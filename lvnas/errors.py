@@ -1,5 +1,6 @@
 """The one error that users see."""
 
+import math
 from collections.abc import Iterable
 
 
@@ -13,3 +14,23 @@ class InputError(ValueError):
 def unknown(what: str, value: object, allowed: Iterable[object]) -> InputError:
     """The error for a name that is not one of the `allowed` ones."""
     return InputError(f"unknown {what} {str(value)!r}; allowed: {', '.join(map(str, allowed))}")
+
+
+def check_counts(**values: int) -> None:
+    """Raises InputError unless every one of these settings is at least 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+
+
+def check_above_zero(**values: float) -> None:
+    """Raises InputError unless every one of these settings is a finite number above 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{name.replace('_', ' ')} {value} is not a number above 0")
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError unless `seed` is one for every generator in use."""
+    if not 0 <= seed < 1 << 32:
+        raise InputError(f"seed {seed} is not a whole number from 0 to {(1 << 32) - 1}")

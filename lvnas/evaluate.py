@@ -18,6 +18,7 @@ from lvnas.tasks.batches import IGNORED, Collator, make_loader
 from lvnas.tasks.metrics import METRICS
 
 FORMAT = "lvnas-results/1"
+RESULTS = "results.json"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,7 +86,7 @@ def evaluate(
     if out is not None:
         made = files.provenance(base=base, adapters=[str(adapter) for adapter in adapters])
         rows = [asdict(result) for result in results]
-        files.write_json(Path(out) / "results.json", {"format": FORMAT, "rows": rows, "provenance": made})
+        files.write_json(Path(out) / RESULTS, {"format": FORMAT, "rows": rows, "provenance": made})
     return results
 
 

@@ -21,8 +21,9 @@ from peft import PeftModel
 from torch import nn
 
 from lvnas import bases, checkpoint, files, tasks
-from lvnas.adapters import check_base, read_adapter, read_metadata
-from lvnas.errors import InputError
+from lvnas.adapters import METADATA_FORMAT, METADATA_NAME, check_base, read_adapter, read_metadata
+from lvnas.errors import InputError, check_above_zero, check_counts, check_seed
+from lvnas.modules import linear_shapes
 from lvnas.progress import track
 from lvnas.tasks.batches import make_loader
 
@@ -53,15 +54,11 @@ class FinetuneConfig:
     """Steps between two saved states; the most that an interruption loses."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(f"learning rate {self.learning_rate} is not a number above 0")
+        check_counts(steps=self.steps, batch_size=self.batch_size, save_every=self.save_every)
+        check_above_zero(learning_rate=self.learning_rate)
+        check_seed(self.seed)
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise InputError(f"weight decay {self.weight_decay} is not a number from 0 on")
-        if not 0 <= self.seed < 1 << 32:
-            raise InputError(f"seed {self.seed} is not a whole number from 0 to 4294967295")
 
 
 def finetune(
@@ -90,7 +87,7 @@ def finetune(
         "data_sha256": data.sha256("train"),
     }
     identity |= {"base": base, "config": asdict(config)}
-    if (out / "lvnas.json").exists():
+    if (out / METADATA_NAME).exists():
         done = read_facts(out).get("finetune", {})
         if done.get("identity") == identity:
             return done
@@ -127,10 +124,7 @@ def load_adapter(model: nn.Module, adapter: Path, *, trainable: bool = False) ->
             model.
     """
     found = read_adapter(Path(adapter), name="adapter")
-    shapes = {
-        n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)
-    }
-    check_base(found, shapes, "this base")
+    check_base(found, linear_shapes(model), "this base")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # they come below
@@ -287,5 +281,5 @@ def _save(
         (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
         made = files.provenance(derived=facts.get("provenance", {}))
         done = {"identity": identity, **report}
-        facts = {"format": "lvnas-adapter/1", **facts, "task": task, "base": base, "finetune": done}
-        files.write_json(folder / "lvnas.json", facts | {"provenance": made})
+        facts = {"format": METADATA_FORMAT, **facts, "task": task, "base": base, "finetune": done}
+        files.write_json(folder / METADATA_NAME, facts | {"provenance": made})

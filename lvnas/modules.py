@@ -88,6 +88,15 @@ def find_targets(model: nn.Module, targets: str | Iterable[str] = "all") -> dict
     return {name: module for name, module in linears.items() if name in selected}
 
 
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module name -> (in_features, out_features) of every linear module of `model`."""
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
 def _refuse_other_kinds(model: nn.Module, target: str) -> None:
     """Raises InputError if `target` names modules that are there but are not linear ones."""
     for name, module in model.named_modules():

@@ -18,13 +18,13 @@ from matplotlib.colors import BoundaryNorm
 from lvnas import files
 from lvnas.adapters import read_adapter
 from lvnas.errors import InputError
-from lvnas.evaluate import FORMAT, Result
+from lvnas.evaluate import FORMAT, RESULTS, Result
 from lvnas.modules import ATTENTION, GATED_MLP, PLAIN_MLP, is_vision
 from lvnas.ranks import RankPlan
 from lvnas.tables import markdown
+from lvnas.task_search import RANKS
 from lvnas.tensorfile import shorten
 
-RANKS, RESULTS = "ranks.json", "results.json"
 KINDS = (*ATTENTION, *GATED_MLP, *PLAIN_MLP)
 _LAYER = re.compile(r"^(?P<stack>.*?)\.?(?:layers|layer|blocks|h)\.(?P<index>\d+)\.(?P<rest>.*)$")
 

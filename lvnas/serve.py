@@ -169,15 +169,9 @@ def _check_shapes(adapters: Sequence[Adapter], base: str) -> None:
     """Refuses adapters whose modules are not the base's."""
     if not adapters:
         return
-    from torch import nn
+    from lvnas.bases.shapes import linear_shapes
 
-    from lvnas import bases
-
-    shapes = {
-        name: (module.in_features, module.out_features)
-        for name, module in bases.meta_model(base).named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    shapes = linear_shapes(base)
     for adapter in adapters:
         check_base(adapter, shapes, base)
 

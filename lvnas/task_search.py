@@ -1,7 +1,6 @@
 """`lvnas search`: searches a base on tasks, and allocates a budget with what it found: `ranks.json`."""
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from lvnas import bases, distributed, files
 from lvnas.adapter_config import MAX_RANK
 from lvnas.allocate import Budget, plan_ranks
-from lvnas.errors import InputError
+from lvnas.errors import InputError, check_above_zero, check_counts, check_seed
 from lvnas.modules import find_targets
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.repeats import run_repeats, seeds_of
@@ -65,25 +64,15 @@ def no_gains(model: nn.Module, config: SearchConfig) -> Gains:
         InputError: an unknown method, or a space or targets that do not fit.
     """
     check_method(config.method)
-    _check_numbers(config)
+    check_counts(steps=config.steps, batch_size=config.batch_size)
+    check_above_zero(learning_rate=config.learning_rate, scale=config.scale)
+    check_seed(config.seed)
     space = check_space(config.ranks)
     shapes = {n: (m.in_features, m.out_features) for n, m in find_targets(model, config.targets).items()}
     if space[-1] > MAX_RANK:
         raise InputError(f"rank {space[-1]} is above {MAX_RANK}, the highest that an adapter may have")
     zeros = np.zeros((len(shapes), len(space)))
     return Gains(shapes=shapes, ranks=space, values=zeros, errors=zeros, chooses=config.method in CHOOSING)
-
-
-def _check_numbers(config: SearchConfig) -> None:
-    for name in ("learning_rate", "scale"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"{name.replace('_', ' ')} {value} is not a number above 0")
-    for name in ("steps", "batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if not 0 <= config.seed < 1 << 32:
-        raise InputError(f"seed {config.seed} is not a whole number from 0 to 4294967295")
 
 
 def search_tasks(

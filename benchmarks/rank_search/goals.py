@@ -38,8 +38,6 @@ def goals(
             (f"mean percentile within random <= 10 ({who})", f"{percentile:.0f}", percentile <= 10),
             (f"below the random mean in >= 90% of cells ({who})", f"{below:.0%}", below >= 0.9),
         ]
-    for start in ("restart", "inherit"):
-        entry = at["score", start]
         mean, _, high = entry["vs_uniform"]
         worst = max(entry["vs_uniform_by_task"].values())
         met = mean <= -0.05 and high < 0 and worst <= 0.05

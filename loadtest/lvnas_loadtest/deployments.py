@@ -131,8 +131,9 @@ def _packed(
     name: str, found: dict[str, list["Adapter"]], labels: Sequence[str], folder: Path, slots: int | None
 ) -> Deployment:
     from lvnas.inspect import adapter_shape, plan
+    from lvnas.manifest import MANIFEST_NAME
     from lvnas.pack import PackOptions, pack
-    from lvnas.packfolder import MANIFEST_NAME, PROVENANCE_NAME
+    from lvnas.packfolder import PROVENANCE_NAME
 
     which, layout = KINDS[name]
     assert which and layout

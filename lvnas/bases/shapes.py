@@ -9,11 +9,6 @@ def linear_shapes(base: str) -> dict[str, tuple[int, int]]:
     Raises:
         InputError: `base` is unknown or its configuration cannot be had.
     """
-    from torch import nn
+    from lvnas import modules
 
-    modules = meta_model(base).named_modules()
-    return {
-        name: (module.in_features, module.out_features)
-        for name, module in modules
-        if isinstance(module, nn.Linear)
-    }
+    return modules.linear_shapes(meta_model(base))

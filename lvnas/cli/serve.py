@@ -30,6 +30,7 @@ def command(
     the first flag that is not listed here goes to vLLM as it is; its own flags override the defaults.
     """
     from lvnas.errors import InputError
+    from lvnas.manifest import MANIFEST_NAME
     from lvnas.serve import ServeOptions, plan, run
 
     sources = list(arguments)
@@ -41,7 +42,7 @@ def command(
         adapter_memory=adapter_memory,
         flags=sources[first:],
     )
-    if any((Path(part) / "manifest.json").exists() for part in options.flags):
+    if any((Path(part) / MANIFEST_NAME).exists() for part in options.flags):
         raise InputError(f"{' '.join(options.flags)}: put the pack before vLLM's flags")
     launch = plan(sources[:first], options)
     for note in launch.notes:

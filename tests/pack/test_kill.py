@@ -13,8 +13,8 @@ import pytest
 from makers import make_adapter
 
 from lvnas.adapters import read_adapter
+from lvnas.manifest import read_manifest
 from lvnas.pack import PackOptions, pack
-from lvnas.packfolder import read_manifest
 from lvnas.verify import verify
 
 MODULES = {

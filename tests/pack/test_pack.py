@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from lvnas.adapters import read_adapter
 from lvnas.errors import InputError
 from lvnas.layouts import LEGAL_RANKS, legal_rank
+from lvnas.manifest import read_manifest
 from lvnas.pack import PackOptions, pack
-from lvnas.packfolder import folder_hash, hash_files, read_manifest
+from lvnas.packfolder import folder_hash, hash_files
 from lvnas.serving import groups, serving_files
 
 GOLDEN = Path(__file__).parent / "golden"
