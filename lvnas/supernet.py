@@ -8,8 +8,7 @@ The slices are nested, so with m_j = the sum of p_k over the slices that contain
 
     s * B_super A_super x = s * B (m * m * (A x))
 
-one vector multiply on `A x`, with no copies of A and B. A gate vector g [R] takes the place of m * m, so that
-other scores can use dL/dg as well.
+one vector multiply on `A x`, with no copies of A and B. Any gate vector g [R] can take the place of m * m.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,34 +137,6 @@ class Supernet:
         for gate in self.gates.values():
             gate.grad = None
         return torch.stack([row.float().cpu() for row in rows])
-
-    @torch.no_grad()
-    def rank_gradients(self) -> Tensor:
-        """K = dL/dA A^T of every module, [N, R, R] on the CPU: how the last backward pass would change the mixture of
-        its rank dimensions. A module that the batch did not reach has zeros.
-
-        In any other basis of the rank dimensions, A' = T^-1 A and B' = B T, a gate on dimension i has the gradient
-        (T^T K T^-T)_ii at g = 1: plain LoRA's own gradients hold it, without gates.
-        """
-        products = []
-        for name in self.shapes:
-            a, _ = self.matrices(name)
-            grad = torch.zeros_like(a) if a.grad is None else a.grad
-            products.append((grad.float() @ a.float().T).cpu())
-        return torch.stack(products)
-
-    @torch.no_grad()
-    def svd_gates(self, products: Tensor) -> Tensor:
-        """dL/dg [..., N, R] of gates in the singular basis of the updates B A, of `rank_gradients` [..., N, R, R].
-
-        With B A = U S V^T, T is A V up to a scale of its columns, which cancels.
-        """
-        rows = []
-        for n, name in enumerate(self.shapes):
-            a, b = (matrix.float() for matrix in self.matrices(name))
-            t = (a @ factor(b, a)[2].T).cpu()
-            rows.append(((t.T @ products[..., n, :, :]) * torch.linalg.pinv(t)).sum(dim=-1))
-        return torch.stack(rows, dim=-2)
 
     def close(self) -> nn.Module:
         """Takes hooks and adapter off again and returns the base model."""

@@ -3,7 +3,7 @@
     python benchmarks/rank_search/step_cost.py --out benchmarks/results/search_step_cost.json
 
 A step is forward, backward and optimiser, on the same batches. Columns: PEFT's own LoRA; a warm-up step of
-`score` in its first half, and in its second, which also looks at removal; the two kinds of step of `darts`. Memory
+`score` that keeps gradient norms, as its first ones do, and one that does not; the two kinds of step of `darts`. Memory
 is the peak of what PyTorch's allocator hands out during a step, above what is held before it.
 """
 
@@ -25,6 +25,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from lvnas import bases, files, tasks
 from lvnas.modules import find_targets
 from lvnas.strategies import SearchConfig, make_strategy
+from lvnas.strategies.warm import RAMP
 from lvnas.tasks.batches import Collator
 
 RANKS = [4, 8, 16, 32, 64]
@@ -124,10 +125,15 @@ def search_steps(model: nn.Module, batches: list) -> Iterator[tuple[str, Step]]:
     stream = [(batch, [number]) for number, batch in enumerate(batches)] * 4096
     settings: Any = {"ranks": RANKS, "learning_rate": RATE, "steps": 1 << 13}
     darts = make_strategy(copy.deepcopy(model), SearchConfig(method="darts", **settings))
-    late = make_strategy(copy.deepcopy(model), SearchConfig(method="score", **settings | {"steps": 5}))
+    first = make_strategy(copy.deepcopy(model), SearchConfig(method="score", **settings))
     score = make_strategy(model, SearchConfig(method="score", **settings))
-    yield "score first half", lambda index: score.step(index, stream, stream)
-    yield "score second half", lambda index: late.step(index, stream, stream)  # its end is long past
+
+    def first_step(index: int) -> float:
+        first.shares.clear()  # so that it looks as in its first steps
+        return first.step(index, stream, stream)
+
+    yield "score first steps", first_step
+    yield "score", lambda index: score.step(RAMP + index, stream, stream)
     yield "darts weights", lambda index: darts.step(2 * index, stream, stream)
     yield "darts alpha", lambda index: darts.step(2 * index + 1, stream, stream)
 

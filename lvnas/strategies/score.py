@@ -1,20 +1,15 @@
-"""Our search: three independent looks at a short warm-up, multiplied.
+"""Our search: what a short training did with each module, corrected by what the loss asked of it at the base.
 
-Legend: N modules, K ranks in the space, R highest rank, S warm-up steps of b examples.
+A module's gain is a geometric mean, in which size counts twice, of
 
-In the singular basis of the warm-up's update, largest first, a rank block is what a truncation to a lower rank takes
-away. A block's gain is the geometric mean of
+- its size: the squared norm of its update at the warm-up's end;
+- its gradient at the base: its share of ||dL/dB||^2 over all modules, averaged over the first steps of the warm-up,
+  whose learning rate still rises. With B = 0, dL/dB is the gradient of the module's weight seen through the random A,
+  and its squared norm is what a small step of B takes off the loss.
 
-- its size: the squared singular values that it holds;
-- its descent: what the module's own steps took off the loss, the sum of -<gradient, step> with each step measured on
-  the batch after it, which it has not seen; a block has its module's, in proportion to its size;
-- its loss of removal: the gradient of the loss in a gate on the block gives, to second order,
-  L(gate 0) - L(gate 1) = -dL/dg + 1/2 F, with F the second moment of the gradient over examples (the empirical Fisher
-  information); a block that overshot (dL/dg > 0) has 1/2 F. It is measured in the second half of the warm-up, on each
-  batch before its step, at most MOST_BATCHES.
-
-Size is exact but does not know what matters. The other two know, are noisy, and err differently: one looks at the
-whole way, the other at its end. All three come from the warm-up's own gradients; no pass is added.
+Size alone follows what is easy to change, wherever the training went after its first steps; the gradient knows what
+the task needs and not what other modules can do in its place. A rank block has its module's gain in proportion to the
+squared singular values that it holds. Both come from the warm-up's own steps; no pass is added.
 """
 
 from dataclasses import dataclass
@@ -24,109 +19,48 @@ import numpy as np
 import torch
 from torch import nn
 
-from lvnas.errors import InputError, unknown
 from lvnas.strategies.base import Gains, SearchConfig
-from lvnas.strategies.warm import WarmStrategy
+from lvnas.strategies.warm import RAMP, WarmStrategy
 
-PARTS = ("size", "descent", "removal")
-FLOOR = 0.1
-"""Of a module's descent, in standard errors: noise must not take all ranks from it."""
-LEAST_STEPS = 5
-"""Removal's variance and its error need at least 3 batches, half of the steps."""
-MOST_BATCHES = 16
-"""For removal; each keeps N R^2 numbers."""
+WEIGHT = 1 / 3
+"""Of the gradient in the geometric mean."""
 TINY = 1e-30
 
 
 class Score(WarmStrategy):
-    """Looks at every step of the warm-up."""
+    """Keeps the norms of the warm-up's first gradients."""
 
     name = "score"
 
     @dataclass(kw_only=True, slots=True)
     class Options:
-        combine: str = "size+descent+removal"
-        """The parts of the geometric mean: any of PARTS, joined by +."""
+        pass
 
     def __init__(self, model: nn.Module, config: SearchConfig) -> None:
         super().__init__(model, config)
-        self.parts = self.options.combine.split("+")
-        for part in self.parts:
-            if part not in PARTS:
-                raise unknown("part of combine", part, PARTS)
-        if config.steps < LEAST_STEPS:
-            raise InputError(f"steps={config.steps}: score needs at least {LEAST_STEPS}")
-        self.products: list[torch.Tensor] = []
-        self.descents: list[torch.Tensor] = []
+        self.shares: list[torch.Tensor] = []
 
     def observe(self) -> None:
-        """The two looks at this step's gradients."""
-        parts = [self._product(a) + self._product(b) for a, b in map(self.net.matrices, self.shapes)]
-        self.descents.append(torch.stack(parts).double().cpu())
-        left = self.config.steps - len(self.descents)
-        if 2 * left < self.config.steps and left < MOST_BATCHES:
-            self.products.append(self.net.rank_gradients())
-
-    def _product(self, weight: nn.Parameter) -> torch.Tensor:
-        """-<gradient, last step> of one matrix; the step from Adam's moments, so that no copy is kept."""
-        moments = self.optimizer.state.get(weight)
-        if not moments or weight.grad is None:
-            return torch.zeros((), device=weight.device)
-        group = self.optimizer.param_groups[0]
-        first, second = (1 - beta ** moments["step"].item() for beta in group["betas"])
-        root = (moments["exp_avg_sq"] / second).sqrt_().add_(group["eps"])
-        return group["lr"] * (weight.grad * (moments["exp_avg"] / first) / root).sum().float()
+        """Each module's share of ||dL/dB||^2, [N]: a step counts the same whatever its loss."""
+        if len(self.shares) == RAMP:
+            return
+        pairs = map(self.net.matrices, self.shapes)
+        squares = [b.new_zeros(()) if b.grad is None else b.grad.float().square().sum() for _, b in pairs]
+        norms = torch.stack(squares).double().cpu()
+        self.shares.append(norms / norms.sum().clamp(min=TINY))
 
     def gains(self) -> Gains:
         size = self.blocks(self.singular_values().double() ** 2)
-        share = size / np.maximum(size.sum(axis=1, keepdims=True), TINY)
-        descent, noise = self._descent()
-        gradients = self.blocks(self.net.svd_gates(torch.stack(self.products)))
-        looks = {
-            "size": (size, np.zeros_like(size)),
-            "descent": (share * descent[:, None], share * noise[:, None]),
-            "removal": removal_gains(gradients, self.config.batch_size),
-        }
-        values, errors = (np.stack(both) for both in zip(*(looks[part] for part in self.parts), strict=True))
-        power = 1 / len(self.parts)
-        mean = np.prod(values**power, axis=0)
-        relative = errors / np.maximum(values, TINY)
-        return self.make_gains(mean, mean * power * np.sqrt((relative**2).sum(axis=0)))
-
-    def _descent(self) -> tuple[np.ndarray, np.ndarray]:
-        """Descent of each module over the warm-up, FLOOR standard errors or more; and that error, [N] each."""
-        steps = torch.stack(self.descents[1:] or self.descents).numpy()  # nothing came before the first
-        error = steps.std(axis=0) * len(steps) ** 0.5
-        return np.maximum(steps.sum(axis=0), FLOOR * error), error
+        shares = torch.stack(self.shares).numpy()
+        gradient = shares.mean(axis=0)[:, None]
+        values = size * (gradient / np.maximum(size.sum(axis=1, keepdims=True), TINY)) ** WEIGHT
+        spread = shares.std(axis=0, ddof=1)[:, None] if len(shares) > 1 else np.full_like(gradient, np.nan)
+        relative = spread / len(shares) ** 0.5 / np.maximum(gradient, TINY)
+        return self.make_gains(values, WEIGHT * values * relative)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"products": self.products, "descents": self.descents}
+        return super().state() | {"shares": self.shares}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        self.products, self.descents = list(state["products"]), list(state["descents"])
-
-
-def removal_gains(gradients: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The loss of removing each rank block, to second order, and its standard error over the batches.
-
-    A batch's gradient is the mean over its b examples, so that b times its variance over batches estimates
-    the variance over examples: F = b * variance + mean^2.
-
-    Args:
-        gradients: [M, N, K], dL/dg of each batch summed over the dimensions of a block.
-        batch_size: b.
-
-    Returns:
-        [N, K] each; errors by the jackknife.
-    """
-
-    def estimate(sample: np.ndarray) -> np.ndarray:
-        mean = sample.mean(axis=0)
-        fisher = batch_size * sample.var(axis=0, ddof=1) + mean**2
-        return np.maximum(-mean, 0.0) + 0.5 * fisher
-
-    count = len(gradients)
-    left_out = np.stack([estimate(np.delete(gradients, i, axis=0)) for i in range(count)])
-    spread = ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0)
-    return estimate(gradients), np.sqrt(spread * (count - 1) / count)
+        self.shares = list(state["shares"])

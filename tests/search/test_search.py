@@ -197,8 +197,7 @@ def test_bad_input():
         ({"method": "dart"}, "unknown method 'dart'; allowed: darts, score"),
         ({"method": "darts", "options": {"batches": 3}}, "has no option 'batches'; allowed: alpha_rate"),
         ({"method": "darts", "options": {"alpha_rate": "fast"}}, "expected float"),
-        ({"method": "score", "steps": 4}, "steps=4: score needs at least 5"),
-        ({"method": "score", "options": {"combine": "sum"}}, "allowed: size, descent, removal"),
+        ({"method": "score", "options": {"combine": "sum"}}, "has no option 'combine'; allowed: none"),
         ({"method": "svd", "targets": "c_attn"}, "match no linear module"),
         ({"method": "svd", "ranks": [4]}, "two or more"),
     ):

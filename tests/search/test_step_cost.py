@@ -18,7 +18,7 @@ def test_a_step_takes_the_memory_of_plain_lora(tmp_path):
     [row] = json.loads(out.read_text())["rows"]
     memory = {name: column["memory / plain"] for name, column in row["columns"].items()}
     assert set(memory) == {
-        "plain", "score first half", "score second half", "darts weights", "darts alpha"
+        "plain", "score first steps", "score", "darts weights", "darts alpha"
     }  # fmt: skip
     assert all(ratio < 1.05 for ratio in memory.values())
     assert row["columns"]["plain"]["peak bytes"] > 50e6
