@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 class InputError(ValueError):
@@ -17,20 +18,20 @@ def unknown(what: str, value: object, allowed: Iterable[object]) -> InputError:
 
 
 def check_counts(**values: int) -> None:
-    """Raises InputError unless every one of these settings is at least 1."""
+    """Raises InputError unless every one of these settings is a whole number of at least 1."""
     for name, value in values.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
+        if not (isinstance(value, Integral) and value >= 1):
+            raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 def check_above_zero(**values: float) -> None:
     """Raises InputError unless every one of these settings is a finite number above 0."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"{name.replace('_', ' ')} {value} is not a number above 0")
+        if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+            raise InputError(f"{name.replace('_', ' ')} {value!r} is not a number above 0")
 
 
 def check_seed(seed: int) -> None:
     """Raises InputError unless `seed` is one for every generator in use."""
-    if not 0 <= seed < 1 << 32:
-        raise InputError(f"seed {seed} is not a whole number from 0 to {(1 << 32) - 1}")
+    if not (isinstance(seed, Integral) and 0 <= seed < 1 << 32):
+        raise InputError(f"seed {seed!r} is not a whole number from 0 to {(1 << 32) - 1}")

@@ -11,7 +11,7 @@ from torch import nn
 from lvnas import distributed
 from lvnas.allocate import Budget, plan_ranks
 from lvnas.derive import lora_config
-from lvnas.errors import InputError
+from lvnas.errors import InputError, check_counts
 from lvnas.ranks import RankPlan, check_scaling
 from lvnas.repeats import mean_gains, seeds_of
 from lvnas.search import fit, gains_of
@@ -65,6 +65,7 @@ def find_ranks(
     """
     names = targets if isinstance(targets, str) else ",".join(targets)
     check_scaling(scaling)
+    check_counts(steps=steps, repeats=repeats)
     if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
         raise InputError(f"model is a {type(model).__name__} without parameters; expected a torch.nn.Module")
     device = next(model.parameters()).device

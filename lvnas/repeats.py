@@ -1,6 +1,6 @@
 """Searches of one task that differ in the seed alone: mean gains, and standard errors for every method.
 
-The error of a single search (of `score`) knows the noise of its batches; the spread over
+The error of a single search (of `score`) knows the noise of its first gradients; the spread over
 seeds also holds that of LoRA's start and of the order of training.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvnas.errors import InputError
+from lvnas.errors import check_counts
 from lvnas.strategies import Gains, SearchConfig
 
 
@@ -30,10 +30,9 @@ def seeds_of(config: SearchConfig, repeats: int) -> list[SearchConfig]:
     """`config` with the seeds config.seed, config.seed + 1, ...
 
     Raises:
-        InputError: fewer than one repeat.
+        InputError: `repeats` is not a whole number of at least 1.
     """
-    if repeats < 1:
-        raise InputError(f"{repeats} repeats; a search needs at least one")
+    check_counts(repeats=repeats)
     return [dataclasses.replace(config, seed=config.seed + number) for number in range(repeats)]
 
 

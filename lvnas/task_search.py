@@ -61,9 +61,9 @@ def no_gains(model: nn.Module, config: SearchConfig) -> Gains:
     """Gains of 0 for `model`: with them an allocation fails where it would fail after the search.
 
     Raises:
-        InputError: an unknown method, or a space or targets that do not fit.
+        InputError: an unknown method or option, or a space or targets that do not fit.
     """
-    check_method(config.method)
+    check_method(config)
     check_counts(steps=config.steps, batch_size=config.batch_size)
     check_above_zero(learning_rate=config.learning_rate, scale=config.scale)
     check_seed(config.seed)

@@ -5,7 +5,7 @@ import importlib
 from torch import nn
 
 from lvnas.errors import unknown
-from lvnas.strategies.base import Gains, SearchConfig, Strategy
+from lvnas.strategies.base import Gains, SearchConfig, Strategy, read_options
 
 STRATEGIES = {
     "darts": "darts:Darts",
@@ -29,15 +29,19 @@ def make_strategy(model: nn.Module, config: SearchConfig) -> Strategy:
     Raises:
         InputError: unknown method or option, a bad space, or no matching modules.
     """
-    check_method(config.method)
-    module, _, name = STRATEGIES[config.method].partition(":")
-    return getattr(importlib.import_module(f"lvnas.strategies.{module}"), name)(model, config)
+    return _find(config.method)(model, config)
 
 
-def check_method(method: str) -> None:
-    """Raises InputError unless `method` names a strategy."""
+def check_method(config: SearchConfig) -> None:
+    """Raises InputError unless `config.method` names a strategy and `config.options` are options of it."""
+    read_options(_find(config.method).Options, config.method, config.options)
+
+
+def _find(method: str) -> type[Strategy]:
     if method not in STRATEGIES:
         raise unknown("method", method, STRATEGIES)
+    module, _, name = STRATEGIES[method].partition(":")
+    return getattr(importlib.import_module(f"lvnas.strategies.{module}"), name)
 
 
 __all__ = ["CHOOSING", "STRATEGIES", "Gains", "SearchConfig", "Strategy", "check_method", "make_strategy"]

@@ -230,14 +230,22 @@ def test_bad_input():
             lvnas.find_ranks(bad, batches, budget="2k")
     with pytest.raises(InputError, match="a batch is a tuple; expected what"):
         lvnas.find_ranks(models.llama(), [(torch.ones(1),)] * 2, budget="2k")
-    for settings, said in (({"steps": 0}, "steps is 0"), ({"learning_rate": -1.0}, "learning rate -1.0")):
+    for settings, said in (
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": "60"}, "steps is '60'; it must be a whole number"),
+        ({"repeats": 1.5}, "repeats is 1.5"),
+        ({"learning_rate": -1.0}, "learning rate -1.0"),
+        ({"learning_rate": "1e-3"}, "learning rate '1e-3' is not a number"),
+        ({"seed": 0.5}, "seed 0.5 is not a whole number"),
+        ({"options": {"rate": 1}}, "method 'score' has no option 'rate'; allowed: none"),
+    ):
         with pytest.raises(InputError, match=said):
             lvnas.find_ranks(models.llama(), batches, budget="2k", **settings)
     with pytest.raises(InputError, match="rank 100000 is above 16384"):
         lvnas.find_ranks(models.llama(), batches, budget="2k", ranks=[0, 100000])
     with pytest.raises(InputError, match="a batch has x; it needs labels"):
         lvnas.find_ranks(models.llama(), [{"x": torch.ones(1)}] * 2, budget="2k")
-    with pytest.raises(InputError, match="0 repeats"):
+    with pytest.raises(InputError, match="repeats is 0"):
         lvnas.find_ranks(models.llama(), batches, budget="20k", repeats=0)
     with pytest.raises(InputError, match="needs a budget"):
         lvnas.find_ranks(models.llama(), batches, steps=5, progress=False)

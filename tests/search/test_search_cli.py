@@ -43,6 +43,7 @@ def test_search_and_derive(lvnas, raw_tiny, tmp_path):
         (("codewords", "--ranks", "4"), "two or more different"),
         (("codewords", "--scaling", "rs"), "unknown scaling 'rs'; allowed: constant, alpha, rslora"),
         (("codewords", "--option", "batches"), "not of the form NAME=VALUE"),
+        (("codewords", "--option", "rate=1"), "method 'score' has no option 'rate'; allowed: none"),
         (("codewords", "--targets", "qkv"), "targets 'qkv' match no linear module"),
         (("codewords", "--method", "uniform"), "this method needs a budget; give one of params, ratio"),
         (("codewords", "--method", "uniform", "--params", "1k"), "cannot be reached"),
