@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import contributions
 import curves
 import goals
 import numpy as np
@@ -231,6 +232,11 @@ def report(cells: Cells, searches: dict, cost: Path | None) -> str:
         f"Rank correlation of the modules' scores, among modules of one size, between seeds of a task (between tasks): "
         f"{correlations}."
     )
+    modules = contributions.report(cells, searches, [m for m in ORDER if m in methods])
+    if modules:
+        parts.append(
+            f"What the random plans' losses say of each module, as a regression (`contributions.py`):\n\n{modules}"
+        )
     return "\n\n".join(parts)
 
 

@@ -43,31 +43,25 @@ def predicted(seeds: list[tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def report(cells: dict, searches: dict, methods: list[str]) -> str:
-    """Per budget and task, as Markdown: how well the contributions predict the plans of a seed that they have not seen,
-    and the mean rank correlation over seeds between a search's gains per parameter and them."""
-    budgets, tasks = ([*dict.fromkeys(key[i] for key in cells)] for i in (2, 0))
-    found: dict[str, dict] = defaultdict(dict)
-    for budget in sorted(budgets):
-        for task in tasks:
-            seeds = random_plans(cells, budget, task)
-            if len(seeds) < 2:
-                continue
-            truth = fit(seeds)
-            found["(the regression, on unseen plans)"][budget, task] = predicted(seeds)
-            for method in methods:
-                scores = [s for (m, of, _), s in searches.items() if (m, of) == (method, task)]
-                if scores:
-                    found[method][budget, task] = np.mean([spearmanr(s, truth)[0] for s in scores])
-    columns = list(next(iter(found.values()), {}))
-    if not columns:
-        return ""
-    lines = [
-        "| gains of | " + " | ".join(f"{task}, {budget:g}" for budget, task in columns) + " | mean |",
-        "|---" * (len(columns) + 2) + "|",
-    ]
-    for name, values in found.items():
-        numbers = [values[column] for column in columns if column in values]
-        lines.append(
-            f"| {name} | " + " | ".join(f"{v:.2f}" for v in numbers) + f" | {np.mean(numbers):.2f} |"
-        )
-    return "\n".join(lines)
+    """Correlations with contributions by task, as Markdown; means over budgets, and of a search's over seeds as well.
+
+    The first row tells how well contributions predict the losses of a seed that they have not seen; the others
+    correlate the ranks of a search's gains per parameter with them.
+    """
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for task, budget in sorted({(task, budget) for task, _, budget in cells}):
+        seeds = random_plans(cells, budget, task)
+        if len(seeds) < 2:
+            continue
+        truth = fit(seeds)
+        found["losses of unseen random plans"][task].append(predicted(seeds))
+        for (method, of, _), scores in searches.items():
+            if of == task and method in methods:
+                found[f"gains of {method}"][task].append(spearmanr(scores, truth)[0])
+    tasks = list(next(iter(found.values()), {}))
+    lines = ["| correlation with contributions | " + " | ".join(tasks) + " | mean |"]
+    lines.append("|---" * (len(tasks) + 2) + "|")
+    for name, by_task in found.items():
+        numbers = [np.mean(by_task[task]) for task in tasks]
+        lines.append(f"| {name} | " + " | ".join(f"{n:.2f}" for n in [*numbers, np.mean(numbers)]) + " |")
+    return "\n".join(lines) if tasks else ""
