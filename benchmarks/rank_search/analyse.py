@@ -1,7 +1,7 @@
 """Tables of one or more runs of the suite: every comparison, every control, every goal.
 
     python benchmarks/rank_search/analyse.py benchmarks/results/rank_search/confirm-* --plots docs/images \
-        --page docs/search.md
+        --page docs/search-evidence.md
 
 A plan's loss is the mean of its repeats; of its learning rates the one with the best search-validation loss counts. All
 comparisons are paired within a cell (task, seed, budget); intervals are 95% percentile bootstraps that draw tasks

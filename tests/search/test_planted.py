@@ -50,7 +50,7 @@ def test_inverted_gains_are_worse_than_every_random_plan(result):
     assert result["inverted"] > result["worst_random"]
 
 
-if __name__ == "__main__":  # the table of docs/search.md
+if __name__ == "__main__":  # the table of docs/search-evidence.md
     import json
 
     from lvnas.files import provenance
