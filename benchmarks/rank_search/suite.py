@@ -135,8 +135,8 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> method and its options. `-permuted` searches on data whose answers were shuffled."""
 LONGER = {"darts-long": 5}
-"""Searches with so many times the steps of the others. Of rates for alpha of 0.01, 0.03, 0.1 and 0.3, tried on the seed 0 of
-each task (pilot-darts), 0.01 had the best loss on search-validation; it is the default."""
+"""Searches with so many times the steps of the others. Of rates for alpha of 0.01, 0.03, 0.1 and 0.3, tried on the seed
+0 of each task (pilot-darts), 0.01 had the best loss on search-validation; it is the default."""
 INVERTED = ("score", "darts")
 STARTS = {
     "score": ("restart", "charged", "inherit"),
