@@ -57,7 +57,7 @@ def main() -> None:
     for _ in range(arguments.turns):
         finetune = settings.steps * finetune_step(model, data, settings, arguments.steps)
         start = time.perf_counter()
-        found = search_one(model, data, settings, 0, "score", {})
+        found = search_one(model, data, settings, 0, "score", {}, settings.warm)
         rows.append({"search_seconds": time.perf_counter() - start, "finetune_seconds": finetune})
     shares = [row["search_seconds"] / row["finetune_seconds"] for row in rows]
     result = {
