@@ -1,5 +1,7 @@
 """What each strategy's gains mean, on a random tiny Mllama."""
 
+import itertools
+
 import numpy as np
 import pytest
 import search_models as models
@@ -150,7 +152,8 @@ def test_score_is_size_twice_and_the_gradient_at_the_base():
     for n, name in enumerate(strategy.shapes):
         a, b = net.matrices(name)
         values = torch.linalg.svdvals(b @ a).detach().numpy() ** 2
-        share = np.array([values[low:high].sum() for low, high in zip([0, *SPACE], SPACE)]) / values.sum()  # noqa: B905
+        blocks = [values[low:high].sum() for low, high in itertools.pairwise([0, *SPACE])]
+        share = np.array(blocks) / values.sum()
         expected = share * values.sum() ** (2 / 3) * gradient[n] ** (1 / 3)
         np.testing.assert_allclose(gains.values[n], expected, rtol=1e-3, atol=1e-3 * expected.max())
         error = gains.values[n] / 3 * np.std(shares, axis=0, ddof=1)[n] / len(shares) ** 0.5 / gradient[n]
